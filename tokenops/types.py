@@ -43,3 +43,13 @@ class AttentionProblem(NamedTuple):
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None  # upper bounds, hints for a launch grid
     max_seqlen_k: int | None
+
+
+class AttentionGradients(NamedTuple):
+    """Where a backward pass puts its results; None where no gradient is wanted. Uninitialised: every element must be written."""
+
+    query: Tensor | None  # [B, Hq, N, D] in query's dtype, zero in rows that were not computed
+    key: Tensor | None  # [B, Hkv, M, D]
+    value: Tensor | None  # [B, Hkv, M, Dv]
+    kv_bias: Tensor | None  # [B, Hkv, M] in kv_bias's dtype; the door sums it down to kv_bias's own shape
+    attn_mask: Tensor | None  # attn_mask's own (broadcastable) shape
