@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -46,9 +46,12 @@ def cuda_settings() -> dict[str, str]:
     settings = {"CMAKE_CUDA_ARCHITECTURES": "80-real;90a-real;100-real;100-virtual"}
     if "TORCH_CUDA_ARCH_LIST" in os.environ:
         # "8.0 9.0a+PTX" -> 80-real;90a-real;90a-virtual
-        names = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").replace(".", "").split()
-        kinds = [(name.removesuffix("+PTX"), kind) for name in names for kind in (("real", "virtual") if name.endswith("+PTX") else ("real",))]
-        settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(f"{arch}-{kind}" for arch, kind in kinds)
+        archs = []
+        for name in os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").replace(".", "").split():
+            archs.append(name.removesuffix("+PTX") + "-real")
+            if name.endswith("+PTX"):
+                archs.append(name.removesuffix("+PTX") + "-virtual")
+        settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(archs)
     if "CUDA_HOME" in os.environ:
         settings["CMAKE_CUDA_COMPILER"] = str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))
     return settings
@@ -84,7 +87,7 @@ class BuildEverything(build):
     """``build`` from an empty folder: what an earlier build left there must not travel in this wheel."""
 
     # build_ext runs even when no library is to be built, so that it can remove a stale one
-    sub_commands = [("build_py", None), ("build_ext", None)]
+    sub_commands = (("build_py", None), ("build_ext", None))
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -139,6 +142,9 @@ class TagWheel(bdist_wheel):
 
 
 setup(
+    # benchmarks/ lives at the top and is installed inside the package
+    packages=["tokenops.benchmarks", *find_packages(include=["tokenops", "tokenops.*"])],
+    package_dir={"tokenops.benchmarks": "benchmarks"},
     ext_modules=[Extension(f"tokenops.{library}", sources=[]) for library in choose_libraries()],
     cmdclass={"build": BuildEverything, "build_ext": BuildOpLibraries, "bdist_wheel": TagWheel},
 )
