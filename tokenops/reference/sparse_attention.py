@@ -106,7 +106,7 @@ def _logits(problem: AttentionProblem, rows: _Rows, q_slots: slice, k_slots: sli
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(probability, log of the denominator) over the last dimension. A row with no visible key has probability 0 and lse -inf, never NaN."""
+    """(probability, log of the denominator) over the last dimension. A row with no visible key: probability 0, lse -inf."""
     empty = (logits == -torch.inf).all(-1)
     # softmax of a harmless row instead, so that neither the value nor its gradient is NaN
     safe = logits.masked_fill(empty[..., None], 0.0)
@@ -195,7 +195,8 @@ def gradients(problem: AttentionProblem, grad_out: Tensor) -> AttentionGradients
     """What ``attention`` returns to each differentiable argument for grad_out [B, Hq, K, Dv], in the dtype of the computation.
 
     Written out, because an operator runs below autograd. With p the probabilities and w = dropout(p):
-    dvalue = w^T dout, dw = dout value^T, dp = dropout(dw), dlogit = p (dp - <p, dp>), dquery = scale dlogit key, dkey = scale dlogit^T query.
+    dvalue = w^T dout, dw = dout value^T, dp = dropout(dw), dlogit = p (dp - <p, dp>),
+    dquery = scale dlogit key, dkey = scale dlogit^T query.
     """
     rows = _gather(problem)
     keep = _Dropout(problem)
@@ -313,8 +314,9 @@ def _check_index(name: str, index: Tensor, rows: int, bounds: Tensor | None, uni
     if len(repeated) > 0:
         b, h, at = repeated[0].tolist()
         first, second = int(order[b, h, at]), int(order[b, h, at + 1])
-        scope = "the call, where rows of all sequences are written," if unique and bounds is not None else "a list"
-        raise ValueError(f"{name} must not repeat an id within {scope} got {int(ids[b, h, first])} at positions {[b, h, first]} and {[b, h, second]}")
+        scope = "the call, because results of its sequences would meet," if unique and bounds is not None else "a list,"
+        where = f"positions {[b, h, first]} and {[b, h, second]}"
+        raise ValueError(f"{name} must not repeat an id within {scope} got {int(ids[b, h, first])} at {where}")
 
 
 def example_inputs(
