@@ -18,8 +18,8 @@ from tokenops.ops.sparse_attention.arguments import as_problem
 def patch_sdpa() -> Iterator[None]:
     """Within this context (or a function decorated with it) SDPA calls run on our kernels, if one of them can serve the call.
 
-    Calls that only the reference could serve (dropout, float64, odd head widths, a mask that needs a gradient) stay with torch. Holds for the
-    current thread, and may be nested. Every torch function called inside costs about a microsecond more.
+    Calls that only the reference could serve (dropout, float64, odd head widths, a mask that needs a gradient) stay with torch. Holds for
+    the current thread, and may be nested. Every torch function called inside costs about a microsecond more.
 
     >>> with tokenops.patch_sdpa():
     ...     logits = model(video)

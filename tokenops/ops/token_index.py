@@ -14,8 +14,8 @@ def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
 
     Args:
         mask: [N], [B, N] or [B, H, N] bool.
-        max_k: width K of the lists, default N. Positions beyond it are dropped, the last ones first. The width does not depend on the contents, so
-            nothing waits for the device.
+        max_k: width K of the lists, default N. Positions beyond it are dropped, the last ones first. The width does not depend on the
+            contents, so nothing waits for the device.
 
     Returns:
         TokenIndex of index [..., K] and count [...], both int32.

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenops.ops.sparse_attention import operators as operators, transforms as transforms
+from tokenops.ops.sparse_attention import operators as operators
+from tokenops.ops.sparse_attention import transforms as transforms
 from tokenops.ops.sparse_attention.arguments import as_grid_view, as_packed_problem, as_problem, check_aux, check_grid
 from tokenops.ops.sparse_attention.backends import BACKENDS as BACKENDS
 from tokenops.types import Aux, TokenIndex
