@@ -1,4 +1,4 @@
-"""The calls that every backend is tested with. Data and builders, no test framework: other processes (Triton's interpreter, a GPU) import it too."""
+"""The calls that every backend is tested with. Builders without a test framework: Triton's interpreter and GPU runs import them too."""
 
 from __future__ import annotations
 
@@ -81,11 +81,14 @@ def with_mask(kind: str, shape: str = "BHNM", **more: Any) -> Callable[[Call], C
         sizes = dict(zip("BHNM", (*query.shape[:3], key.shape[2]), strict=True))
         generator = torch.Generator().manual_seed(7)
         mask = torch.randn([sizes[letter] if letter.isupper() else 1 for letter in shape], generator=generator)
+        # the largest mask dtype that the call may have
+        mask = mask.double() if query.dtype == torch.float64 else mask
         if kind == "bool":
             mask = mask > -0.5
         elif kind == "minimum":
             # what people write for -inf: a row with nothing else is uniform, as in torch
-            mask = torch.where(mask > 0.0, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            lowest = torch.finfo(query.dtype if query.dtype.itemsize < 8 else torch.float32).min
+            mask = torch.where(mask > 0.0, 0.0, lowest).to(query.dtype)
         elif kind == "same":
             mask = mask.to(query.dtype)
         elif kind == "infinite":

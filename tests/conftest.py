@@ -31,7 +31,7 @@ REFUSALS = _refusals()
 AVAILABLE = [name for name, reasons in REFUSALS.items() if not reasons]
 
 
-@pytest.fixture(params=AVAILABLE)
+@pytest.fixture(params=AVAILABLE, scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run here. Which cannot, and why, is reported by test_dispatch.py."""
     return request.param

@@ -1,4 +1,4 @@
-"""What results are compared with: the reference's definition in float64, on the same rounded inputs, and one tolerance rule for everything."""
+"""What results are compared with: the definition in float64 on the same rounded inputs, by one tolerance rule for everything."""
 
 from __future__ import annotations
 
