@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tokenops
 from tokenops.ops.sparse_attention import BACKENDS
+from tokenops.ops.sparse_attention.backends import explain
 
 SIZES = {
     "batch": 2,
@@ -423,6 +424,17 @@ def test_a_backend_that_objects_says_why_and_nothing_takes_its_place(device: str
             tokenops.sparse_attention(**{**call, **arguments}, backend="cpu")
         # without a name, the reference takes it
         tokenops.sparse_attention(**{**call, **arguments})
+
+
+def test_what_a_kernel_reports_becomes_an_exception() -> None:
+    good = tokenops.ops.sparse_attention.as_problem(**listed("cpu"))[0]
+    with pytest.raises(MemoryError, match=r"no memory for the scratch space of the C\+\+ kernel"):
+        explain(good, 2)
+    with pytest.raises(ValueError, match="q_index must hold ids"):
+        explain(good._replace(q_index=good.q_index + 19), 1)
+    # a kernel and the check may never disagree; if they did, it must not pass in silence
+    with pytest.raises(RuntimeError, match="refused a call that is in order"):
+        explain(good, 1)
 
 
 def test_every_backend_answers_for_tensors_it_cannot_reach() -> None:

@@ -216,6 +216,7 @@ def draw_seed(dropout_p: float) -> Tensor | None:
 
 
 def check_aux(names: Sequence[str]) -> Sequence[str]:
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         if name not in Aux._fields:
             raise ValueError(f"return_aux must be names out of {Aux._fields}, got {name!r}")
