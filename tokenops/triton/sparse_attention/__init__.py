@@ -73,9 +73,11 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
     grad_out = _dense(grad_out)
     inputs, unit = _inputs(problem, grad_out, out, grads.query, grads.key, grads.value)
     batch, heads, queries = lse.shape
-    lse2, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
-    rows = Tiles(block_q=64, block_k=0, num_warps=4, num_stages=1)
-    blocks = _blocks(queries, rows.block_q, None)
+    # one spare block: a packed sequence may begin anywhere, and its last block is still read whole
+    rows = Tiles(block_q=128, block_k=0, num_warps=4, num_stages=1)
+    blocks = _blocks(queries, rows.block_q, None) + (problem.cu_seqlens_q is not None)
+    pitch = blocks * rows.block_q
+    lse2, delta = torch.empty((2, batch, heads, pitch), dtype=torch.float32, device=lse.device)
     _launch(
         kernels.row_terms,
         blocks * batch * heads,
@@ -89,13 +91,14 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
         grad_out_strides=_row_strides(grad_out, unit),
         out_strides=_row_strides(out, unit),
         K=queries,
+        pitch=pitch,
         H=heads,
         blocks=blocks,
         DV=inputs["DV"],
         UNIT=unit,
         BLOCK_DV=pad(inputs["DV"]),
     )
-    inputs |= {"grad_out": grad_out, "grad_out_strides": _row_strides(grad_out, unit), "lse2": lse2, "delta": delta}
+    inputs |= {"grad_out": grad_out, "grad_out_strides": _row_strides(grad_out, unit), "lse2": lse2, "delta": delta, "pitch": pitch}
 
     if grads.query is not None:
         if problem.q_index is not None:

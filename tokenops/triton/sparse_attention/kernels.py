@@ -6,6 +6,9 @@ list names there. Without a list slot s is row s. Logits, lse and biases are kep
 One program owns one block of slots of one head, and nothing else writes there: no atomics, the same bits every run. Strides come in units of
 ``UNIT`` elements (8 whenever every stride allows it), which is how the compiler learns that a row starts at a 16-byte boundary even if the head width is
 not a multiple of 16. Offsets are 64-bit from the row id on: a grid may hold more than 2^31 elements.
+
+Each loop carries the ids of its next block in registers. With the list read in the same turn as the rows it names, the pipeliner spends its stages on that
+chain and waits for every copy before the next product; with the ids at hand it copies rows ahead as deep as for a dense tile.
 """
 
 from __future__ import annotations
@@ -50,15 +53,25 @@ def _packed_block(block, cu_seqlens, sequences, slots, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _ids(index, slots, end):
+    """What an index list holds at some slots: -1 behind its end."""
+    return tl.load(index + slots, mask=slots < end, other=-1)
+
+
+@triton.jit
+def _named(ids, rows):
+    """The rows that ids name, and which ids name one: -1 and ids outside the grid are empty slots."""
+    filled = (ids >= 0) & (ids < rows)
+    return tl.where(filled, ids, 0), filled
+
+
+@triton.jit
 def _listed(index, slots, end, rows):
-    """The rows that slots name, and which slots name one: -1 and ids outside the grid are empty slots."""
-    filled = slots < end
-    ids = slots
-    if index is not None:
-        ids = tl.load(index + slots, mask=filled, other=-1)
-        filled = (ids >= 0) & (ids < rows)
-        ids = tl.where(filled, ids, 0)
-    return ids, filled
+    """The rows that slots name, and which slots name one. Without a list a slot is its own row."""
+    if index is None:
+        return slots, slots < end
+    else:
+        return _named(_ids(index, slots, end), rows)
 
 
 @triton.jit
@@ -225,9 +238,15 @@ def forward(
     total = tl.zeros([BLOCK_Q], tl.float32)
     squares = tl.zeros([BLOCK_Q], tl.float32)
     weighted = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    if kv_index is not None:
+        ids = _ids(kv_index, k_begin + tl.arange(0, BLOCK_K), k_end)
     for start in range(k_begin, k_end, BLOCK_K):
         k_slots = start + tl.arange(0, BLOCK_K)
-        columns, seen = _listed(kv_index, k_slots, k_end, M)
+        if kv_index is None:
+            columns, seen = k_slots, k_slots < k_end
+        else:
+            columns, seen = _named(ids, M)
+            ids = _ids(kv_index, k_slots + BLOCK_K, k_end)
         k = _load_rows(key, columns, seen, key_strides[2] * UNIT, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         unit = scale
@@ -261,7 +280,7 @@ def forward(
     # not "highest == -inf": a row of NaN logits is no empty row
     empty = (total == 0.0) | ~filled
     divisor = tl.where(empty, 1.0, total)
-    result = tl.where(empty[:, None], 0.0, weighted / divisor[:, None])
+    result = tl.where(empty[:, None], 0.0, weighted * (1.0 / divisor)[:, None])
     at = (b * H + h) * K + q_slots
     tl.store(lse + at, tl.where(empty, float("-inf"), (highest + tl.log2(divisor)) * LN2), mask=q_slots < end)
     if row_sq is not None:
@@ -277,11 +296,12 @@ def row_terms(
     grad_out,  # [B, H, K, DV]
     out,  # [B, H, K, DV]
     lse,  # [B, H, K] float32
-    lse2,  # [B, H, K] float32: lse in base 2, +inf for an empty row, so that its probabilities come out as 0
-    delta,  # [B, H, K] float32: sum(grad_out * out), what softmax's gradient subtracts
+    lse2,  # [B, H, pitch] float32: lse in base 2, +inf for an empty row, so that its probabilities come out as 0
+    delta,  # [B, H, pitch] float32: sum(grad_out * out), what softmax's gradient subtracts
     grad_out_strides,
     out_strides,
     K,
+    pitch,
     H,
     blocks,
     DV: tl.constexpr,
@@ -289,7 +309,11 @@ def row_terms(
     BLOCK_Q: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """What both gradient kernels need of every query slot, computed once."""
+    """What both gradient kernels need of every query slot, computed once.
+
+    The rows of lse2 and delta are padded with what an empty slot has, so that a block of them is read whole: a mask would cost an address and a
+    predicate for every element a thread holds, which is where the registers of ``backward_key_value`` went.
+    """
     h = (tl.program_id(0) // blocks % H).to(tl.int64)
     b = (tl.program_id(0) // blocks // H).to(tl.int64)
     slots = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -298,11 +322,11 @@ def row_terms(
     out += (b * out_strides[0] + h * out_strides[1]) * UNIT
     do = _load_rows(grad_out, slots, exists, grad_out_strides[2] * UNIT, DV, BLOCK_DV).to(tl.float32)
     o = _load_rows(out, slots, exists, out_strides[2] * UNIT, DV, BLOCK_DV).to(tl.float32)
-    at = (b * H + h) * K + slots
-    natural = tl.load(lse + at, mask=exists, other=float("-inf"))
+    natural = tl.load(lse + (b * H + h) * K + slots, mask=exists, other=float("-inf"))
     empty = natural == float("-inf")
-    tl.store(lse2 + at, tl.where(empty, float("inf"), natural * LOG2E), mask=exists)
-    tl.store(delta + at, tl.where(empty, 0.0, tl.sum(do * o, 1)), mask=exists)
+    at = (b * H + h) * pitch + slots
+    tl.store(lse2 + at, tl.where(empty, float("inf"), natural * LOG2E))
+    tl.store(delta + at, tl.where(empty, 0.0, tl.sum(do * o, 1)))
 
 
 @triton.jit(do_not_specialize=["N", "M", "K", "L", "blocks", "sequences"])
@@ -311,7 +335,7 @@ def backward_query(
     key,
     value,
     grad_out,  # [B, H, K, DV]
-    lse2,
+    lse2,  # [B, H, pitch], see row_terms
     delta,
     grad_query,  # [B, H, N, D], zero in rows that no slot names
     q_index,
@@ -334,6 +358,7 @@ def backward_query(
     M,
     K,
     L,
+    pitch,
     H,
     blocks,
     sequences,
@@ -383,9 +408,10 @@ def backward_query(
     rows, filled = _listed(q_index, q_slots, end, N)
     q = _load_rows(query, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
     do = _load_rows(grad_out, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
-    at = (b * H + h) * K + q_slots
-    row_lse2 = tl.load(lse2 + at, mask=filled, other=float("inf"))
-    row_delta = tl.load(delta + at, mask=filled, other=0.0)
+    lse2 += (b * H + h) * pitch
+    delta += (b * H + h) * pitch
+    row_lse2 = tl.load(lse2 + q_slots)
+    row_delta = tl.load(delta + q_slots)
     order_q = rows
     if PACKED:
         order_q = q_slots - begin
@@ -394,9 +420,15 @@ def backward_query(
         k_end = _causal_end(kv_index, k_begin, k_end, last, PACKED or kv_index is None)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if kv_index is not None:
+        ids = _ids(kv_index, k_begin + tl.arange(0, BLOCK_K), k_end)
     for start in range(k_begin, k_end, BLOCK_K):
         k_slots = start + tl.arange(0, BLOCK_K)
-        columns, seen = _listed(kv_index, k_slots, k_end, M)
+        if kv_index is None:
+            columns, seen = k_slots, k_slots < k_end
+        else:
+            columns, seen = _named(ids, M)
+            ids = _ids(kv_index, k_slots + BLOCK_K, k_end)
         k = _load_rows(key, columns, seen, key_strides[2] * UNIT, D, BLOCK_D)
         v = _load_rows(value, columns, seen, value_strides[2] * UNIT, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -449,6 +481,7 @@ def backward_key_value(
     M,
     K,
     L,
+    pitch,
     H,
     blocks,  # key blocks a head
     sequences,
@@ -503,6 +536,8 @@ def backward_key_value(
         h = kv_head * GROUP + member
         head_query = query + (b * query_strides[0] + h * query_strides[1]) * UNIT
         head_grad_out = grad_out + (b * grad_out_strides[0] + h * grad_out_strides[1]) * UNIT
+        head_lse2 = lse2 + (b * H + h) * pitch
+        head_delta = delta + (b * H + h) * pitch
         head_index = q_index
         if q_index is not None:
             head_index = q_index + b * q_index_strides[0] + h * q_index_strides[1]
@@ -512,15 +547,23 @@ def backward_key_value(
         q_from = q_begin
         if CAUSAL:
             q_from = _causal_begin(head_index, q_begin, q_end, nearest, PACKED or q_index is None, BLOCK_Q)
+        if q_index is not None:
+            ids = _ids(head_index, q_from + tl.arange(0, BLOCK_Q), q_end)
         for start in range(q_from, q_end, BLOCK_Q):
             q_slots = start + tl.arange(0, BLOCK_Q)
-            rows, filled = _listed(head_index, q_slots, q_end, N)
+            if q_index is None:
+                rows, filled = q_slots, q_slots < q_end
+            else:
+                rows, filled = _named(ids, N)
+                ids = _ids(head_index, q_slots + BLOCK_Q, q_end)
             q = _load_rows(head_query, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
             do = _load_rows(head_grad_out, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
-            at = (b * H + h) * K + q_slots
             # an empty slot has probability exp2(-inf) = 0 for every key; a key that is none spoils only its own row, which is not stored
-            row_lse2 = tl.load(lse2 + at, mask=filled, other=float("inf"))
-            row_delta = tl.load(delta + at, mask=filled, other=0.0)
+            row_lse2 = tl.load(head_lse2 + q_slots)
+            row_delta = tl.load(head_delta + q_slots)
+            if PACKED:
+                # behind the end lies the next sequence
+                row_lse2 = tl.where(q_slots < q_end, row_lse2, float("inf"))
             # the tiles are [BLOCK_K, BLOCK_Q]: both gradients then take p and ds as a left operand, with no transposition
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if bias is not None:
