@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import CASES, Call, Case, build, with_bias, with_mask
-from oracle import TOLERANCE, assert_close, assert_right, expected, problem_of
+from oracle import TOLERANCE, assert_close, assert_right, expected, objections, problem_of
 from torch import Tensor
 
 import tokenops
@@ -21,6 +21,10 @@ from tokenops.types import AttentionGradients, AttentionProblem
 Check = Callable[[], object]
 CHECKS: dict[str, Check] = {}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotServedError(Exception):
+    """The kernels object to this call."""
 
 
 def check(function: Check) -> Check:
@@ -52,6 +56,8 @@ def is_small(call: Call) -> bool:
 
 def _case(case: Case, dtype: torch.dtype) -> None:
     call = build(case, dtype)
+    if refusal := objections("triton", call):
+        raise NotServedError("; ".join(refusal))
     assert_right(call, "triton")
     if dtype == torch.float32 and is_small(call):
         with small_tiles():

@@ -88,16 +88,18 @@ def main() -> None:
     # numpy remarks on exp2(-inf - -inf) and the like in lanes that a select then drops
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     teach_bfloat16()
-    from triton_checks import CHECKS
+    from triton_checks import CHECKS, NotServedError
 
     with os.fdopen(answers, "w") as stream:
         for line in sys.stdin:
             try:
                 CHECKS[json.loads(line)]()
-                failure = None
+                answer = {}
+            except NotServedError as refusal:
+                answer = {"refusal": str(refusal)}
             except BaseException:
-                failure = traceback.format_exc()
-            print(json.dumps(failure), file=stream, flush=True)
+                answer = {"failure": traceback.format_exc()}
+            print(json.dumps(answer), file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,20 @@ from torch import Tensor
 from tokenops.triton.sparse_attention.tiles import Tiles, choose_tiles, pad
 from tokenops.types import AttentionGradients, AttentionProblem
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
-
-def objections(problem: AttentionProblem, *, needs_mask_grad: bool = False) -> list[str]:
-    """Why these kernels cannot serve a call; empty if they can."""
+def objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
+    """Why these kernels, beyond what no compiled kernel of this room serves, cannot serve a call; empty if they can."""
     reasons = []
-    query, value = problem.query, problem.value
+    query, mask = problem.query, problem.attn_mask
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
-    if not query.is_cuda and not _interpreting():
-        reasons.append(f"needs a GPU (or TRITON_INTERPRET=1), query is on {query.device}")
-    if query.dtype not in DTYPES:
-        reasons.append(f"takes float32, bfloat16 and float16, query is {str(query.dtype).removeprefix('torch.')}")
-    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if width % 8 or not 8 <= width <= 256:
-            reasons.append(f"takes head widths that are multiples of 8 up to 256, {name} has {width}")
-    if problem.dropout_p > 0:
-        reasons.append("has no dropout")
-    if problem.kv_bias is not None and problem.kv_bias.dtype != torch.float32:
-        reasons.append(f"takes a float32 kv_bias, got {str(problem.kv_bias.dtype).removeprefix('torch.')}")
-    if needs_mask_grad:
-        reasons.append("computes no gradient of attn_mask")
+    if not query.is_cuda and not (query.is_cpu and _interpreting()):
+        reasons.append(f"runs on CUDA and ROCm GPUs (on CPU tensors under TRITON_INTERPRET=1 only), query is on {query.device}")
+    if mask is not None and mask.dtype not in MASK_DTYPES:
+        reasons.append(f"attn_mask must be bool, float32, bfloat16 or float16, got {mask.dtype}")
+    if "attn_mask" in needs:
+        reasons.append("the gradient of attn_mask is served by the reference only")
     return reasons
 
 

@@ -526,66 +526,75 @@ def backward_key_value(
     order_k = columns
     if PACKED:
         order_k = k_slots - begin
+
+    query += b * query_strides[0] * UNIT
+    grad_out += b * grad_out_strides[0] * UNIT
+    lse2 += b * H * pitch
+    delta += b * H * pitch
+    if q_index is not None:
+        q_index += b * q_index_strides[0]
+    if mask is not None:
+        mask += b * mask_strides[0]
+    first_head = kv_head * GROUP
+    q_from = q_begin
     if CAUSAL:
         nearest = tl.min(tl.where(seen, order_k, 2147483647), 0)
+        if PACKED or q_index is None:
+            q_from = _causal_begin(q_index, q_begin, q_end, nearest, True, BLOCK_Q)
+        else:
+            q_from = q_end
+            for member in range(GROUP):
+                head_index = q_index + (first_head + member) * q_index_strides[1]
+                q_from = tl.minimum(q_from, _causal_begin(head_index, q_begin, q_end, nearest, False, BLOCK_Q))
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
     db = tl.zeros([BLOCK_K], tl.float32)
-    for member in range(GROUP):
-        h = kv_head * GROUP + member
-        head_query = query + (b * query_strides[0] + h * query_strides[1]) * UNIT
-        head_grad_out = grad_out + (b * grad_out_strides[0] + h * grad_out_strides[1]) * UNIT
-        head_lse2 = lse2 + (b * H + h) * pitch
-        head_delta = delta + (b * H + h) * pitch
-        head_index = q_index
-        if q_index is not None:
-            head_index = q_index + b * q_index_strides[0] + h * q_index_strides[1]
+    if q_index is not None:
+        ids = _ids(q_index + first_head * q_index_strides[1], q_from + tl.arange(0, BLOCK_Q), q_end)
+    # one loop over the blocks of all heads of the group, since a loop around the loop keeps its own registers and drains the pipeline at every turn
+    for step in range(tl.cdiv(q_end - q_from, BLOCK_Q) * GROUP):
+        h = first_head + step % GROUP
+        q_slots = q_from + step // GROUP * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        if q_index is None:
+            rows, filled = q_slots, q_slots < q_end
+        else:
+            rows, filled = _named(ids, N)
+            ahead = step + 1
+            ids = _ids(
+                q_index + (first_head + ahead % GROUP) * q_index_strides[1], q_from + ahead // GROUP * BLOCK_Q + tl.arange(0, BLOCK_Q), q_end
+            )
+        q = _load_rows(query + h * query_strides[1] * UNIT, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
+        do = _load_rows(grad_out + h * grad_out_strides[1] * UNIT, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
+        # an empty slot has probability exp2(-inf) = 0 for every key; a key that is none spoils only its own row, which is not stored
+        row_lse2 = tl.load(lse2 + h * pitch + q_slots)
+        row_delta = tl.load(delta + h * pitch + q_slots)
+        if PACKED:
+            # behind the end lies the next sequence
+            row_lse2 = tl.where(q_slots < q_end, row_lse2, float("inf"))
+        # the tiles are [BLOCK_K, BLOCK_Q]: both gradients then take p and ds as a left operand, with no transposition
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        if bias is not None:
+            logits += column_bias[:, None]
+        within = seen[:, None] & filled[None, :]
+        order_q = rows
+        if PACKED:
+            order_q = q_slots - q_begin
         head_mask = mask
         if mask is not None:
-            head_mask = mask + b * mask_strides[0] + h * mask_strides[1]
-        q_from = q_begin
-        if CAUSAL:
-            q_from = _causal_begin(head_index, q_begin, q_end, nearest, PACKED or q_index is None, BLOCK_Q)
-        if q_index is not None:
-            ids = _ids(head_index, q_from + tl.arange(0, BLOCK_Q), q_end)
-        for start in range(q_from, q_end, BLOCK_Q):
-            q_slots = start + tl.arange(0, BLOCK_Q)
-            if q_index is None:
-                rows, filled = q_slots, q_slots < q_end
-            else:
-                rows, filled = _named(ids, N)
-                ids = _ids(head_index, q_slots + BLOCK_Q, q_end)
-            q = _load_rows(head_query, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
-            do = _load_rows(head_grad_out, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
-            # an empty slot has probability exp2(-inf) = 0 for every key; a key that is none spoils only its own row, which is not stored
-            row_lse2 = tl.load(head_lse2 + q_slots)
-            row_delta = tl.load(head_delta + q_slots)
-            if PACKED:
-                # behind the end lies the next sequence
-                row_lse2 = tl.where(q_slots < q_end, row_lse2, float("inf"))
-            # the tiles are [BLOCK_K, BLOCK_Q]: both gradients then take p and ds as a left operand, with no transposition
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-            if bias is not None:
-                logits += column_bias[:, None]
-            within = seen[:, None] & filled[None, :]
-            order_q = rows
-            if PACKED:
-                order_q = q_slots - q_begin
-            logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within)
-            p = tl.exp2(logits - row_lse2[None, :])
-            p = _hide(
-                p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, order_q[None, :], order_k[:, None], CAUSAL
-            )
-            if grad_value is not None:
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            if grad_key is not None or grad_bias is not None:
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = p * (dp - row_delta[None, :])
-                if grad_key is not None:
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-                if grad_bias is not None:
-                    db += tl.sum(ds, 1)
+            head_mask = mask + h * mask_strides[1]
+        logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within)
+        p = tl.exp2(logits - row_lse2[None, :])
+        p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, order_q[None, :], order_k[:, None], CAUSAL)
+        if grad_value is not None:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        if grad_key is not None or grad_bias is not None:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = p * (dp - row_delta[None, :])
+            if grad_key is not None:
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if grad_bias is not None:
+                db += tl.sum(ds, 1)
 
     if grad_key is not None:
         grad_key += (b * grad_key_strides[0] + kv_head * grad_key_strides[1]) * UNIT
