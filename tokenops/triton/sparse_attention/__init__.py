@@ -140,6 +140,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
     if mask is not None and mask.dtype == torch.bool:
         # the same bytes under a type that every Triton loads alike
         mask = mask.view(torch.uint8)
+    mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
     unit = _unit(query, key, value, *others)
     inputs = {
         "query": query,
@@ -157,7 +158,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "q_index_strides": _list_strides(q_index),
         "kv_index_strides": _list_strides(kv_index),
         "bias_strides": _list_strides(bias),
-        "mask_strides": (0, 0, 0, 0) if mask is None else _strides(mask),
+        "mask_strides": mask_strides,
         "scale": problem.scale * math.log2(math.e),
         "N": query.shape[2],
         "M": key.shape[2],
@@ -170,6 +171,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "DV": value.shape[-1],
         "UNIT": unit,
         "CAUSAL": problem.is_causal,
+        "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
         "PRECISION": _dot_precision(query.dtype),
         "BLOCK_D": pad(query.shape[-1]),
         "BLOCK_DV": pad(value.shape[-1]),
@@ -185,8 +187,17 @@ def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
         queries = min(queries, problem.max_seqlen_q)
     if problem.max_seqlen_k is not None:
         keys = min(keys, problem.max_seqlen_k)
-    limit = None if _interpreting() else _shared_memory(query.get_device())
-    return choose_tiles(kernel, query.shape[-1], value.shape[-1], query.element_size(), queries, keys, limit)
+    return choose_tiles(
+        kernel,
+        query.shape[-1],
+        value.shape[-1],
+        query.element_size(),
+        queries,
+        keys,
+        biased=problem.kv_bias is not None or problem.is_causal,
+        mask_itemsize=0 if problem.attn_mask is None else problem.attn_mask.element_size(),
+        limit=None if _interpreting() else _shared_memory(query.get_device()),
+    )
 
 
 def _blocks(slots: int, block: int, cu_seqlens: Tensor | None) -> int:
@@ -196,13 +207,14 @@ def _blocks(slots: int, block: int, cu_seqlens: Tensor | None) -> int:
     return slots // block + cu_seqlens.shape[0]
 
 
-def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> None:
+def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> Any:
+    """Returns what Triton compiled; nothing is launched for an empty problem."""
     if programs == 0:
-        return
+        return None
     blocks = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k} if tiles.block_k else {"BLOCK_Q": tiles.block_q}
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(on):
-        kernel[(programs,)](**arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        return kernel[(programs,)](**arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

@@ -100,24 +100,31 @@ def _store_rows(base, rows, filled, stride, tile, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _add_mask(logits, mask, mask_strides, n, m, within):
+def _mask_at(mask, strides, n, m, WIDE: tl.constexpr):
+    """Pointers to the mask of a tile. Only a plane of 2^31 elements takes 64-bit offsets, which cost two registers for every element of the tile."""
+    if WIDE:
+        return mask + (n.to(tl.int64) * strides[2] + m.to(tl.int64) * strides[3])
+    else:
+        return mask + (n * strides[2] + m * strides[3])
+
+
+@triton.jit
+def _add_mask(logits, mask, strides, n, m, within, WIDE: tl.constexpr):
     """Adds a floating mask. ``n`` and ``m`` are the tile's query and key rows, each spread along its own axis, so either orientation works."""
     if mask is not None:
         if mask.dtype.element_ty.is_floating():
-            at = mask + n.to(tl.int64) * mask_strides[2] + m.to(tl.int64) * mask_strides[3]
-            logits += tl.load(at, mask=within, other=0.0).to(tl.float32) * LOG2E
+            logits += tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0.0).to(tl.float32) * LOG2E
     return logits
 
 
 @triton.jit
-def _hide(tile, hidden, mask, mask_strides, n, m, within, order_q, order_k, CAUSAL: tl.constexpr):
+def _hide(tile, hidden, mask, strides, n, m, within, order_q, order_k, CAUSAL: tl.constexpr, WIDE: tl.constexpr):
     """Puts ``hidden`` where a boolean mask or causality hides a key."""
     if CAUSAL:
         tile = tl.where(order_k <= order_q, tile, hidden)
     if mask is not None:
         if not mask.dtype.element_ty.is_floating():
-            at = mask + n.to(tl.int64) * mask_strides[2] + m.to(tl.int64) * mask_strides[3]
-            tile = tl.where(tl.load(at, mask=within, other=0) != 0, tile, hidden)
+            tile = tl.where(tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0) != 0, tile, hidden)
     return tile
 
 
@@ -184,6 +191,7 @@ def forward(
     DV: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,  # the mask of one head has offsets beyond 32 bits
     BY_ROW: tl.constexpr,
     SCALE_FIRST: tl.constexpr,  # terms are added to the logits, or scale <= 0: the maximum has to be taken of scaled logits
     PRECISION: tl.constexpr,
@@ -259,10 +267,10 @@ def forward(
         order_k = columns
         if PACKED:
             order_k = k_slots - k_begin
-        logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within)
+        logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         logits = _hide(
-            logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL
+            logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL, WIDE
         )
         above = tl.maximum(highest, tl.max(logits, 1) * unit)
         # as long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN
@@ -367,6 +375,7 @@ def backward_query(
     DV: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -438,10 +447,10 @@ def backward_query(
         order_k = columns
         if PACKED:
             order_k = k_slots - k_begin
-        logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within)
+        logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         p = tl.exp2(logits - row_lse2[:, None])
         p = tl.where(seen[None, :], p, 0.0)
-        p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL)
+        p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL, WIDE)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -490,6 +499,7 @@ def backward_key_value(
     DV: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -583,9 +593,9 @@ def backward_key_value(
         head_mask = mask
         if mask is not None:
             head_mask = mask + h * mask_strides[1]
-        logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within)
+        logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
         p = tl.exp2(logits - row_lse2[None, :])
-        p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, order_q[None, :], order_k[:, None], CAUSAL)
+        p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, order_q[None, :], order_k[:, None], CAUSAL, WIDE)
         if grad_value is not None:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         if grad_key is not None or grad_bias is not None:
