@@ -10,6 +10,7 @@ Compiling proves typing and resources, not numbers: those are test_triton_interp
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import re
@@ -302,9 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = QUICK if options.quick else CASES
     print(COLUMNS.format("kernel", "case", "arch", "tiles", "regs", "spills", "shared", "promised", "limit", "tensor", ""))
     count, bad, start = 0, 0, time.monotonic()
+    importlib.import_module("tokenops.triton.sparse_attention.kernels")
     for arch in archs:
-        # a process serves one architecture; spawned, since Triton and torch hold threads
-        context = multiprocessing.get_context("spawn")
+        # a process serves one architecture; forked, so that they share what it took to import torch and Triton
+        context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(options.jobs, context, initializer=set_driver, initargs=(arch,)) as pool:
             for usages in pool.map(check, [arch] * len(cases), cases):
                 for usage in usages:

@@ -228,6 +228,16 @@ def statistics_are_optional() -> None:
 
 
 @check
+def every_visible_key_lies_far_below_an_empty_slot() -> None:
+    """An empty slot's product is 0. Where lse is -400, exp(0 - lse) overflows, and infinity times the empty slot's zeros would be NaN."""
+    call = _listed()
+    call["kv_bias"] = call["kv_bias"] - 400.0
+    assert_right(call, "triton")
+    with small_tiles():
+        assert_right(call, "triton")
+
+
+@check
 def nan_reaches_exactly_what_it_must() -> None:
     call = _listed()
     clean = _forward(problem_of(call))[0]

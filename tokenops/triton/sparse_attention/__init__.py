@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.sparse_attention.tiles import Tiles, choose_tiles, pad
+from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
 MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
@@ -65,10 +65,11 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
     grad_out = _dense(grad_out)
     inputs, unit = _inputs(problem, grad_out, out, grads.query, grads.key, grads.value)
     batch, heads, queries = lse.shape
-    # one spare block: a packed sequence may begin anywhere, and its last block is still read whole
-    rows = Tiles(block_q=128, block_k=0, num_warps=4, num_stages=1)
-    blocks = _blocks(queries, rows.block_q, None) + (problem.cu_seqlens_q is not None)
-    pitch = blocks * rows.block_q
+    value_head = out.shape[-1]
+    # whole blocks of any kernel, and a spare one: a packed sequence may begin anywhere, and its last block is still read whole
+    pitch = (_blocks(queries, LARGEST, None) + (problem.cu_seqlens_q is not None)) * LARGEST
+    rows = row_tiles(value_head, out.element_size())
+    blocks = pitch // rows.block_q
     lse2, delta = torch.empty((2, batch, heads, pitch), dtype=torch.float32, device=lse.device)
     _launch(
         kernels.row_terms,
@@ -86,9 +87,9 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
         pitch=pitch,
         H=heads,
         blocks=blocks,
-        DV=inputs["DV"],
+        DV=value_head,
         UNIT=unit,
-        BLOCK_DV=pad(inputs["DV"]),
+        BLOCK_DV=pad(value_head),
     )
     inputs |= {"grad_out": grad_out, "grad_out_strides": _row_strides(grad_out, unit), "lse2": lse2, "delta": delta, "pitch": pitch}
 

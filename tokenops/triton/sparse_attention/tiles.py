@@ -63,8 +63,8 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
 }
 
-# tl.dot takes no smaller block
-SMALLEST = 16
+# tl.dot takes no smaller block, and the table has no larger one
+SMALLEST, LARGEST = 16, 128
 
 
 def pad(size: int) -> int:
@@ -93,6 +93,11 @@ def choose_tiles(
             break
         tiles = smaller
     return tiles
+
+
+def row_tiles(value_head: int, itemsize: int) -> Tiles:
+    """For the kernel that reads rows once and multiplies nothing: 128 bytes of each tensor a thread, which it holds in registers."""
+    return Tiles(block_q=min(LARGEST, 16384 // (pad(value_head) * itemsize)), block_k=0, num_warps=4, num_stages=1)
 
 
 def _cut(kernel: str, tiles: Tiles, queries: int, keys: int) -> Tiles:
