@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not here, and counts what each would use of one.
 
-``python tests/gpu_check.py`` (``make gpu-check``) runs the real launchers on meta tensors under a driver that knows an architecture but has no device, so
-every choice (tiles, specialisation, shared memory) is the one a GPU would get. It prints registers, spills and shared memory of every kernel, and exits with
-1 on a spill, on more shared memory than there is or than tiles.py promised, on a half-precision kernel without tensor core instructions, or on an error.
+``python tests/gpu_check.py`` (``make gpu-check``) runs the real launchers on meta tensors under a driver that knows an architecture but has
+no device, so every choice (tiles, specialisation, shared memory) is the one a GPU would get. It prints registers, spills and shared memory
+of every kernel, and exits with 1 on a spill, on more shared memory than there is or than tiles.py promised, on a half-precision kernel
+without tensor core instructions, or on an error.
 
 Compiling proves typing and resources, not numbers: those are test_triton_interpreter.py's.
 """
@@ -112,7 +113,13 @@ CASES = [
     *(Case(rows=16, kept=None, width=width, bias=True, causal=True) for width in (32, 64, 256)),
     *(Case(rows=rows, kept=None, dtype=torch.float32) for rows in (8, 32)),
 ]
-QUICK = [Case(), Case(bias=True, causal=True, group=2), Case(mask=torch.bool, width=128), Case(dtype=torch.float32), Case(rows=16, kept=None)]
+QUICK = [
+    Case(),
+    Case(bias=True, causal=True, group=2),
+    Case(mask=torch.bool, width=128),
+    Case(dtype=torch.float32),
+    Case(rows=16, kept=None),
+]
 
 
 class Usage(NamedTuple):
@@ -231,7 +238,8 @@ def check(arch: str, case: Case) -> list[Usage]:
     try:
         run_launchers(case)
     except Exception as error:
-        usages.append(Usage("?", str(case), arch, "", 0, 0, 0, 0, ARCHS[arch].shared, 0, (f"{type(error).__name__}: {error}".splitlines()[0],)))
+        complaint = f"{type(error).__name__}: {error}".splitlines()[0]
+        usages.append(Usage("?", str(case), arch, "", 0, 0, 0, 0, ARCHS[arch].shared, 0, (complaint,)))
     finally:
         launchers._launch = launch
         torch.backends.cuda.matmul.fp32_precision = before
@@ -256,7 +264,7 @@ def measure(arch: str, case: Case, kernel: str, tiles: Tiles, compiled: Any) -> 
         complaints.append("more shared memory than tiles.py promised")
     if kernel in ATTENTION and not tensor_core and (case.dtype != torch.float32 or case.tf32):
         complaints.append("no tensor cores")
-    shape = f"{tiles.block_q}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}" if tiles.block_k else f"{tiles.block_q} w{tiles.num_warps}"
+    shape = f"{tiles.block_q}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
     return Usage(kernel, str(case), arch, shape, registers, spills, shared, promised, limit, tensor_core, tuple(complaints))
 
 
@@ -290,7 +298,9 @@ COLUMNS = "{:<19} {:<36} {:<7} {:<15} {:>4} {:>7} {:>8} {:>8} {:>8} {:>7}  {}"
 def show(usage: Usage) -> str:
     verdict = "; ".join(usage.complaints) or "ok"
     sizes = (f"{size / 1024:.1f}K" for size in (usage.shared, usage.promised, usage.limit))
-    return COLUMNS.format(usage.kernel, usage.case, usage.arch, usage.tiles, usage.registers, usage.spills, *sizes, usage.tensor_core, verdict)
+    return COLUMNS.format(
+        usage.kernel, usage.case, usage.arch, usage.tiles, usage.registers, usage.spills, *sizes, usage.tensor_core, verdict
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -87,7 +87,9 @@ grid = torch.zeros(1, 1, 2, 8)
 problem = AttentionProblem(grid, grid, grid, *[None] * 4, False, 1.0, 0.0, *[None] * 5)
 print(sparse_attention.objections(problem))
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     assert "triton is not installed" in ran.stdout, ran.stderr
 
 

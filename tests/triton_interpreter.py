@@ -1,8 +1,8 @@
 """Runs the Triton kernels on a CPU: a worker process around Triton's interpreter, and the bfloat16 that the interpreter lacks.
 
-``python tests/triton_interpreter.py`` with TRITON_INTERPRET=1 reads names of checks from stdin and answers each with one line of JSON. It is a process of
-its own for two reasons: Triton decides at import whether it interprets, and a load out of bounds kills the process (test_triton_interpreter.py then says
-which check did it, and goes on with a new worker).
+``python tests/triton_interpreter.py`` with TRITON_INTERPRET=1 reads names of checks from stdin and answers each with one line of JSON. It
+is a process of its own for two reasons: Triton decides at import whether it interprets, and a load out of bounds kills the process
+(test_triton_interpreter.py then says which check did it, and goes on with a new worker).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 def teach_bfloat16() -> None:
     """Makes the interpreter's bfloat16 right where our kernels use it, and an error elsewhere.
 
-    The interpreter holds bfloat16 as uint16 and computes with the bit patterns: products of two bfloat16 tiles and sums are silently wrong, and a cast from
-    float32 truncates instead of rounding to nearest even. Kernels of this project feed bfloat16 to tl.dot and cast it; any other arithmetic is refused.
+    The interpreter holds bfloat16 as uint16 and computes with the bit patterns: products of two bfloat16 tiles and sums are silently wrong,
+    and a cast from float32 truncates instead of rounding to nearest even. Kernels of this project feed bfloat16 to tl.dot and cast it; any
+    other arithmetic is refused.
     """
     import numpy as np
     import triton.language as tl

@@ -19,6 +19,7 @@ from tokenops.types import AttentionGradients, AttentionProblem
 
 MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
+
 def objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
     """Why these kernels, beyond what no compiled kernel of this room serves, cannot serve a call; empty if they can."""
     reasons = []

@@ -1,14 +1,16 @@
 """The Triton kernels of gathered-token attention: forward, per-row terms, grad_query, grad_key/grad_value/grad_bias.
 
-Letters as everywhere: B batch, N and M grid rows, K and L kept slots, D and DV head widths. A *slot* is a place in an index list, a *row* is what the
-list names there. Without a list slot s is row s. Logits, lse and biases are kept in base 2 inside the kernels, so that exp2 needs no multiplication.
+Letters as everywhere: B batch, N and M grid rows, K and L kept slots, D and DV head widths. A *slot* is a place in an index list, a *row*
+is what the list names there. Without a list slot s is row s. Logits, lse and biases are kept in base 2 inside the kernels, so that exp2
+needs no multiplication.
 
-One program owns one block of slots of one head, and nothing else writes there: no atomics, the same bits every run. Strides come in units of
-``UNIT`` elements (8 whenever every stride allows it), which is how the compiler learns that a row starts at a 16-byte boundary even if the head width is
-not a multiple of 16. Offsets are 64-bit from the row id on: a grid may hold more than 2^31 elements.
+One program owns one block of slots of one head, and nothing else writes there: no atomics, the same bits every run. Strides come in units
+of ``UNIT`` elements (8 whenever every stride allows it), which is how the compiler learns that a row starts at a 16-byte boundary even if
+the head width is not a multiple of 16. Offsets are 64-bit from the row id on: a grid may hold more than 2^31 elements.
 
-Each loop carries the ids of its next block in registers. With the list read in the same turn as the rows it names, the pipeliner spends its stages on that
-chain and waits for every copy before the next product; with the ids at hand it copies rows ahead as deep as for a dense tile.
+Each loop carries the ids of its next block in registers. With the list read in the same turn as the rows it names, the pipeliner spends its
+stages on that chain and waits for every copy before the next product; with the ids at hand it copies rows ahead as deep as for a dense
+tile.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ def _bounds(cu_seqlens, sequence, sequences, slots):
 def _packed_block(block, cu_seqlens, sequences, slots, BLOCK: tl.constexpr):
     """Which sequence a block belongs to, its first slot, and the sequence's bounds.
 
-    Sequence s owns the blocks from cu_seqlens[s] // BLOCK + s on. That is never fewer than it needs, so the launch grid (slots // BLOCK + sequences + 1)
-    is known on the host without reading a count from the device; the surplus blocks, at most one a sequence, find themselves past the end.
+    Sequence s owns the blocks from cu_seqlens[s] // BLOCK + s on. That is never fewer than it needs, so the launch grid (slots // BLOCK +
+    sequences + 1) is known on the host without reading a count from the device; the surplus blocks, at most one a sequence, find themselves
+    past the end.
     """
     low = 0
     high = sequences
@@ -101,7 +104,7 @@ def _store_rows(base, rows, filled, stride, tile, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _mask_at(mask, strides, n, m, WIDE: tl.constexpr):
-    """Pointers to the mask of a tile. Only a plane of 2^31 elements takes 64-bit offsets, which cost two registers for every element of the tile."""
+    """Pointers to a tile of the mask. Offsets of 64 bits cost two registers for every element: only a plane of 2^31 of them gets those."""
     if WIDE:
         return mask + (n.to(tl.int64) * strides[2] + m.to(tl.int64) * strides[3])
     else:
@@ -110,7 +113,7 @@ def _mask_at(mask, strides, n, m, WIDE: tl.constexpr):
 
 @triton.jit
 def _add_mask(logits, mask, strides, n, m, within, WIDE: tl.constexpr):
-    """Adds a floating mask. ``n`` and ``m`` are the tile's query and key rows, each spread along its own axis, so either orientation works."""
+    """Adds a floating mask. ``n`` and ``m`` are the tile's query and key rows, each along its own axis, so either orientation works."""
     if mask is not None:
         if mask.dtype.element_ty.is_floating():
             logits += tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0.0).to(tl.float32) * LOG2E
@@ -118,10 +121,8 @@ def _add_mask(logits, mask, strides, n, m, within, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _hide(tile, hidden, mask, strides, n, m, within, order_q, order_k, CAUSAL: tl.constexpr, WIDE: tl.constexpr):
-    """Puts ``hidden`` where a boolean mask or causality hides a key."""
-    if CAUSAL:
-        tile = tl.where(order_k <= order_q, tile, hidden)
+def _hide(tile, hidden, mask, strides, n, m, within, WIDE: tl.constexpr):
+    """Puts ``hidden`` where a boolean mask hides a key."""
     if mask is not None:
         if not mask.dtype.element_ty.is_floating():
             tile = tl.where(tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0) != 0, tile, hidden)
@@ -130,7 +131,7 @@ def _hide(tile, hidden, mask, strides, n, m, within, order_q, order_k, CAUSAL: t
 
 @triton.jit
 def _causal_end(kv_index, begin, end, last, RANKED: tl.constexpr):
-    """The slot after the last one that query ``last`` may see: for an ascending list everything behind it is skipped, for any list nothing visible is."""
+    """The slot behind the last one that query ``last`` sees. Of an ascending list this skips all the rest; of any list, nothing visible."""
     if RANKED:
         return tl.minimum(end, begin + last + 1)
     else:
@@ -269,9 +270,9 @@ def forward(
             order_k = k_slots - k_begin
         logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        logits = _hide(
-            logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL, WIDE
-        )
+        logits = _hide(logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        if CAUSAL:
+            logits = tl.where(order_k[None, :] <= order_q[:, None], logits, float("-inf"))
         above = tl.maximum(highest, tl.max(logits, 1) * unit)
         # as long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN
         origin = tl.where(above == float("-inf"), 0.0, above)
@@ -319,8 +320,8 @@ def row_terms(
 ):
     """What both gradient kernels need of every query slot, computed once.
 
-    The rows of lse2 and delta are padded with what an empty slot has, so that a block of them is read whole: a mask would cost an address and a
-    predicate for every element a thread holds, which is where the registers of ``backward_key_value`` went.
+    The rows of lse2 and delta are padded with what an empty slot has, so that a block of them is read whole: a mask would cost an address
+    and a predicate for every element a thread holds, which is where the registers of ``backward_key_value`` went.
     """
     h = (tl.program_id(0) // blocks % H).to(tl.int64)
     b = (tl.program_id(0) // blocks // H).to(tl.int64)
@@ -450,7 +451,9 @@ def backward_query(
         logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         p = tl.exp2(logits - row_lse2[:, None])
         p = tl.where(seen[None, :], p, 0.0)
-        p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, order_q[:, None], order_k[None, :], CAUSAL, WIDE)
+        p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        if CAUSAL:
+            p = tl.where(order_k[None, :] <= order_q[:, None], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -506,7 +509,7 @@ def backward_key_value(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """A program owns a block of kept keys and walks over every query that may see them, so each gradient row is summed in one place and one order."""
+    """A program owns a block of kept keys and walks over all queries that may see them: each gradient row is one sum in one order."""
     PACKED: tl.constexpr = cu_seqlens_q is not None
     block = tl.program_id(0) % blocks
     kv_head = (tl.program_id(0) // blocks % (H // GROUP)).to(tl.int64)
@@ -562,7 +565,7 @@ def backward_key_value(
     db = tl.zeros([BLOCK_K], tl.float32)
     if q_index is not None:
         ids = _ids(q_index + first_head * q_index_strides[1], q_from + tl.arange(0, BLOCK_Q), q_end)
-    # one loop over the blocks of all heads of the group, since a loop around the loop keeps its own registers and drains the pipeline at every turn
+    # one loop over the blocks of all heads of the group: a loop around a loop holds registers of its own and drains the pipeline every turn
     for step in range(tl.cdiv(q_end - q_from, BLOCK_Q) * GROUP):
         h = first_head + step % GROUP
         q_slots = q_from + step // GROUP * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -570,10 +573,8 @@ def backward_key_value(
             rows, filled = q_slots, q_slots < q_end
         else:
             rows, filled = _named(ids, N)
-            ahead = step + 1
-            ids = _ids(
-                q_index + (first_head + ahead % GROUP) * q_index_strides[1], q_from + ahead // GROUP * BLOCK_Q + tl.arange(0, BLOCK_Q), q_end
-            )
+            next_index = q_index + (first_head + (step + 1) % GROUP) * q_index_strides[1]
+            ids = _ids(next_index, q_from + (step + 1) // GROUP * BLOCK_Q + tl.arange(0, BLOCK_Q), q_end)
         q = _load_rows(query + h * query_strides[1] * UNIT, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
         do = _load_rows(grad_out + h * grad_out_strides[1] * UNIT, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
         # an empty slot has probability exp2(-inf) = 0 for every key; a key that is none spoils only its own row, which is not stored
@@ -595,7 +596,9 @@ def backward_key_value(
             head_mask = mask + h * mask_strides[1]
         logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
         p = tl.exp2(logits - row_lse2[None, :])
-        p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, order_q[None, :], order_k[:, None], CAUSAL, WIDE)
+        p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
+        if CAUSAL:
+            p = tl.where(order_k[:, None] <= order_q[None, :], p, 0.0)
         if grad_value is not None:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         if grad_key is not None or grad_bias is not None:

@@ -1,9 +1,9 @@
 """Tile sizes as data: a pure function from the shape of a problem to the blocks, warps and pipeline depth of one kernel.
 
-How the table came about: for every row the candidates were compiled for sm_80, sm_90 and sm_100, largest first, and the first that spilled no register on
-any of them was kept (``make gpu-check`` compiles the table again). Candidates begin where published FlashAttention kernels are (128 x 64 with a double
-buffer and more) and get smaller; within one size, fewer warps came first, since a warp with more rows reads less shared memory. No entry was chosen by time:
-that takes a GPU.
+How the table came about: for every row the candidates were compiled for sm_80, sm_90 and sm_100, largest first, and the first that spilled
+no register on any of them was kept (``make gpu-check`` compiles the table again). Candidates begin where published FlashAttention kernels
+are (128 x 64 with a double buffer and more) and get smaller; within one size, fewer warps came first, since a warp with more rows reads
+less shared memory. No entry was chosen by time: that takes a GPU.
 """
 
 from __future__ import annotations
@@ -121,8 +121,10 @@ def _step_down(kernel: str, tiles: Tiles) -> Tiles:
 def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, mask_itemsize: int) -> int:
     """An upper bound on the shared memory of one program; ``make gpu-check`` holds it against the compilers."""
     d, dv = pad(head), pad(value_head)
-    held = {"forward": tiles.block_q * d, "backward_query": tiles.block_q * (d + dv), "backward_key_value": tiles.block_k * (d + dv)}[kernel]
-    streamed = (tiles.block_q if kernel == "backward_key_value" else tiles.block_k) * (d + dv)
+    # the rows that a program keeps, and those that pass by
+    held, streamed = (tiles.block_k, tiles.block_q) if kernel == "backward_key_value" else (tiles.block_q, tiles.block_k)
+    held *= d if kernel == "forward" else d + dv
+    streamed *= d + dv
     tile = tiles.block_q * tiles.block_k
     # per-slot vectors are copied ahead too, and reductions and layout changes take a little
     vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages
