@@ -1,0 +1,260 @@
+"""Gathered-token attention on a GPU: launchers. ``kernels.py`` holds the device code, ``tiles.py`` the block sizes.
+
+Triton itself is imported on the first launch, so that this package imports, and answers with its objections, where Triton is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, row_tiles
+from tokenops.types import AttentionGradients, AttentionProblem
+
+MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
+
+
+def objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
+    """Why these kernels, beyond what no compiled kernel of this room serves, cannot serve a call; empty if they can."""
+    reasons = []
+    query, mask = problem.query, problem.attn_mask
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if not query.is_cuda and not (query.is_cpu and _interpreting()):
+        reasons.append(f"runs on CUDA and ROCm GPUs (on CPU tensors under TRITON_INTERPRET=1 only), query is on {query.device}")
+    if mask is not None and mask.dtype not in MASK_DTYPES:
+        reasons.append(f"attn_mask must be bool, float32, bfloat16 or float16, got {mask.dtype}")
+    if "attn_mask" in needs:
+        reasons.append("the gradient of attn_mask is served by the reference only")
+    return reasons
+
+
+def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
+    """Fills out ([B, Hq, K, Dv] by slot, or listed rows of [B, Hq, N, Dv] by row), lse and row_sq ([B, Hq, K] by slot)."""
+    from tokenops.triton.sparse_attention import kernels
+
+    inputs, unit = _inputs(problem, out)
+    tiles = _tiles("forward", problem)
+    blocks = _blocks(inputs["K"], tiles.block_q, problem.cu_seqlens_q)
+    bias_or_mask = problem.kv_bias is not None or (problem.attn_mask is not None and problem.attn_mask.is_floating_point())
+    _launch(
+        kernels.forward,
+        blocks * lse.shape[0] * lse.shape[1],
+        problem.query,
+        tiles,
+        **inputs,
+        out=out,
+        lse=lse,
+        row_sq=row_sq,
+        out_strides=_row_strides(out, unit),
+        blocks=blocks,
+        BY_ROW=by_row,
+        SCALE_FIRST=bias_or_mask or not problem.scale > 0,
+    )
+
+
+def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
+    """Fills every wanted gradient. ``out`` and ``grad_out`` are [B, Hq, K, Dv], lse [B, Hq, K], all by slot."""
+    from tokenops.triton.sparse_attention import kernels
+
+    grad_out = _dense(grad_out)
+    inputs, unit = _inputs(problem, grad_out, out, grads.query, grads.key, grads.value)
+    batch, heads, queries = lse.shape
+    value_head = out.shape[-1]
+    # whole blocks of any kernel, and a spare one: a packed sequence may begin anywhere, and its last block is still read whole
+    pitch = (_blocks(queries, LARGEST, None) + (problem.cu_seqlens_q is not None)) * LARGEST
+    rows = row_tiles(value_head, out.element_size())
+    blocks = pitch // rows.block_q
+    lse2, delta = torch.empty((2, batch, heads, pitch), dtype=torch.float32, device=lse.device)
+    _launch(
+        kernels.row_terms,
+        blocks * batch * heads,
+        problem.query,
+        rows,
+        grad_out=grad_out,
+        out=out,
+        lse=lse.contiguous(),
+        lse2=lse2,
+        delta=delta,
+        grad_out_strides=_row_strides(grad_out, unit),
+        out_strides=_row_strides(out, unit),
+        K=queries,
+        pitch=pitch,
+        H=heads,
+        blocks=blocks,
+        DV=value_head,
+        UNIT=unit,
+        BLOCK_DV=pad(value_head),
+    )
+    inputs |= {"grad_out": grad_out, "grad_out_strides": _row_strides(grad_out, unit), "lse2": lse2, "delta": delta, "pitch": pitch}
+
+    if grads.query is not None:
+        if problem.q_index is not None:
+            # rows that no slot names; a program owns the slots of a list, so it cannot know them
+            grads.query.zero_()
+        tiles = _tiles("backward_query", problem)
+        blocks = _blocks(queries, tiles.block_q, problem.cu_seqlens_q)
+        _launch(
+            kernels.backward_query,
+            blocks * batch * heads,
+            problem.query,
+            tiles,
+            **inputs,
+            grad_query=grads.query,
+            grad_query_strides=_row_strides(grads.query, unit),
+            blocks=blocks,
+        )
+    of_keys = (grads.key, grads.value, grads.kv_bias)
+    if any(grad is not None for grad in of_keys):
+        if problem.kv_index is not None:
+            for grad in of_keys:
+                if grad is not None:
+                    grad.zero_()
+        tiles = _tiles("backward_key_value", problem)
+        blocks = _blocks(inputs["L"], tiles.block_k, problem.cu_seqlens_k)
+        _launch(
+            kernels.backward_key_value,
+            blocks * batch * problem.key.shape[1],
+            problem.query,
+            tiles,
+            **inputs,
+            grad_key=grads.key,
+            grad_value=grads.value,
+            grad_bias=grads.kv_bias,
+            grad_key_strides=_row_strides(grads.key, unit),
+            grad_value_strides=_row_strides(grads.value, unit),
+            grad_bias_strides=_list_strides(grads.kv_bias),
+            blocks=blocks,
+        )
+
+
+def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str, Any], int]:
+    """The arguments that the three attention kernels share, and the unit in which row strides are counted."""
+    query, key, value = problem.query, problem.key, problem.value
+    q_index, kv_index, bias = (None if x is None else _dense(x) for x in (problem.q_index, problem.kv_index, problem.kv_bias))
+    mask = problem.attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        # the same bytes under a type that every Triton loads alike
+        mask = mask.view(torch.uint8)
+    mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
+    unit = _unit(query, key, value, *others)
+    inputs = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "q_index": q_index,
+        "kv_index": kv_index,
+        "bias": bias,
+        "mask": mask,
+        "cu_seqlens_q": problem.cu_seqlens_q,
+        "cu_seqlens_k": problem.cu_seqlens_k,
+        "query_strides": _row_strides(query, unit),
+        "key_strides": _row_strides(key, unit),
+        "value_strides": _row_strides(value, unit),
+        "q_index_strides": _list_strides(q_index),
+        "kv_index_strides": _list_strides(kv_index),
+        "bias_strides": _list_strides(bias),
+        "mask_strides": mask_strides,
+        "scale": problem.scale * math.log2(math.e),
+        "N": query.shape[2],
+        "M": key.shape[2],
+        "K": query.shape[2] if q_index is None else q_index.shape[-1],
+        "L": key.shape[2] if kv_index is None else kv_index.shape[-1],
+        "H": query.shape[1],
+        "sequences": 0 if problem.cu_seqlens_q is None else problem.cu_seqlens_q.shape[0] - 1,
+        "GROUP": query.shape[1] // max(1, key.shape[1]),
+        "D": query.shape[-1],
+        "DV": value.shape[-1],
+        "UNIT": unit,
+        "CAUSAL": problem.is_causal,
+        "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
+        "PRECISION": _dot_precision(query.dtype),
+        "BLOCK_D": pad(query.shape[-1]),
+        "BLOCK_DV": pad(value.shape[-1]),
+    }
+    return inputs, unit
+
+
+def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
+    query, key, value = problem.query, problem.key, problem.value
+    queries = query.shape[2] if problem.q_index is None else problem.q_index.shape[-1]
+    keys = key.shape[2] if problem.kv_index is None else problem.kv_index.shape[-1]
+    if problem.max_seqlen_q is not None:
+        queries = min(queries, problem.max_seqlen_q)
+    if problem.max_seqlen_k is not None:
+        keys = min(keys, problem.max_seqlen_k)
+    return choose_tiles(
+        kernel,
+        query.shape[-1],
+        value.shape[-1],
+        query.element_size(),
+        queries,
+        keys,
+        biased=problem.kv_bias is not None or problem.is_causal,
+        mask_itemsize=0 if problem.attn_mask is None else problem.attn_mask.element_size(),
+        limit=None if _interpreting() else _shared_memory(query.get_device()),
+    )
+
+
+def _blocks(slots: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """Programs a head: for packed sequences enough whatever their lengths are, since those stay on the device."""
+    if cu_seqlens is None:
+        return -(-slots // block)
+    return slots // block + cu_seqlens.shape[0]
+
+
+def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> Any:
+    """Returns what Triton compiled; nothing is launched for an empty problem."""
+    if programs == 0:
+        return None
+    blocks = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k} if tiles.block_k else {"BLOCK_Q": tiles.block_q}
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(on):
+        return kernel[(programs,)](**arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides under which an axis of length 1 broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _list_strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else _strides(tensor)[:2]
+
+
+def _row_strides(tensor: Tensor | None, unit: int) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tuple(stride // unit for stride in _strides(tensor)[:3])
+
+
+def _unit(*tensors: Tensor | None) -> int:
+    """8 elements fill at least 16 bytes, the widest load there is; 1 where some stride does not allow it."""
+    aligned = all(stride % 8 == 0 for tensor in tensors if tensor is not None for stride in _strides(tensor)[:3])
+    return 8 if aligned else 1
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Last dimension dense. Copies only what an expand made: a list, a bias, or the gradient of a sum."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that one program may use."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(max(device, 0))["max_shared_mem"])

@@ -1,0 +1,131 @@
+"""Tile sizes as data: a pure function from the shape of a problem to the blocks, warps and pipeline depth of one kernel.
+
+How the table came about: for every row the candidates were compiled for sm_80, sm_90 and sm_100, largest first, and the first that spilled
+no register on any of them was kept (``make gpu-check`` compiles the table again). Candidates begin where published FlashAttention kernels
+are (128 x 64 with a double buffer and more) and get smaller; within one size, fewer warps came first, since a warp with more rows reads
+less shared memory. No entry was chosen by time: that takes a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """How one program cuts its work."""
+
+    block_q: int  # query slots
+    block_k: int  # key slots
+    num_warps: int
+    num_stages: int  # blocks in flight: one is computed, the others are copied
+
+
+class Rows(NamedTuple):
+    """Tiles by what is added to the plain products; each costs registers."""
+
+    plain: Tiles
+    biased: Tiles  # kv_bias or causal: a term or a row id for every key of the tile
+    masked: Tiles  # attn_mask: a tile of its own, gathered by two lists
+
+
+# (kernel, bytes of an element) -> {widest padded head: tiles}
+TABLE: dict[tuple[str, int], dict[int, Rows]] = {
+    ("forward", 2): {
+        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 4, 2)),
+        128: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 8, 2)),
+        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(32, 32, 4, 3)),
+    },
+    ("backward_query", 2): {
+        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 4, 2)),
+        128: Rows(plain=Tiles(64, 64, 8, 3), biased=Tiles(64, 64, 8, 3), masked=Tiles(64, 32, 4, 3)),
+        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 32, 8, 3)),
+    },
+    ("backward_key_value", 2): {
+        64: Rows(plain=Tiles(32, 128, 8, 3), biased=Tiles(32, 128, 8, 2), masked=Tiles(16, 64, 8, 2)),
+        128: Rows(plain=Tiles(32, 64, 8, 3), biased=Tiles(32, 64, 8, 2), masked=Tiles(16, 64, 8, 2)),
+        256: Rows(plain=Tiles(32, 32, 8, 3), biased=Tiles(32, 32, 8, 3), masked=Tiles(32, 32, 8, 3)),
+    },
+    # float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers: hence the small blocks
+    ("forward", 4): {
+        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 32, 8, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(32, 16, 8, 2)),
+        256: Rows(plain=Tiles(16, 16, 4, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
+    },
+    ("backward_query", 4): {
+        64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 4, 2), masked=Tiles(32, 16, 4, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+    },
+    ("backward_key_value", 4): {
+        64: Rows(plain=Tiles(16, 32, 8, 2), biased=Tiles(16, 32, 8, 2), masked=Tiles(16, 32, 8, 2)),
+        128: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+    },
+}
+
+# tl.dot takes no smaller block, and the table has no larger one
+SMALLEST, LARGEST = 16, 128
+
+
+def pad(size: int) -> int:
+    """Blocks are powers of two, of which tl.dot takes 16 or more."""
+    return max(SMALLEST, 1 << max(0, size - 1).bit_length())
+
+
+def choose_tiles(
+    kernel: str,
+    head: int,  # D
+    value_head: int,  # Dv
+    itemsize: int,  # bytes of a query element
+    queries: int,  # slots a head (or a sequence) has at most
+    keys: int,
+    *,
+    biased: bool,
+    mask_itemsize: int,  # 0: no attn_mask
+    limit: int | None,  # bytes of shared memory one program may use
+) -> Tiles:
+    """The table's tiles, cut to the problem and to the device."""
+    rows = TABLE[kernel, itemsize][max(64, pad(head), pad(value_head))]
+    tiles = _cut(kernel, rows.masked if mask_itemsize else rows.biased if biased else rows.plain, queries, keys)
+    while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, mask_itemsize) > limit:
+        smaller = _step_down(kernel, tiles)
+        if smaller == tiles:
+            break
+        tiles = smaller
+    return tiles
+
+
+def row_tiles(value_head: int, itemsize: int) -> Tiles:
+    """For the kernel that reads rows once and multiplies nothing: 128 bytes of each tensor a thread, which it holds in registers."""
+    return Tiles(block_q=min(LARGEST, 16384 // (pad(value_head) * itemsize)), block_k=0, num_warps=4, num_stages=1)
+
+
+def _cut(kernel: str, tiles: Tiles, queries: int, keys: int) -> Tiles:
+    """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle."""
+    block_q, block_k = min(tiles.block_q, pad(queries)), min(tiles.block_k, pad(keys))
+    before, now = (tiles.block_k, block_k) if kernel == "backward_key_value" else (tiles.block_q, block_q)
+    return tiles._replace(block_q=block_q, block_k=block_k, num_warps=max(1, tiles.num_warps * now // before))
+
+
+def _step_down(kernel: str, tiles: Tiles) -> Tiles:
+    """The next cheaper tiles: first without what hides latency, then with smaller blocks."""
+    if tiles.num_stages > 1:
+        return tiles._replace(num_stages=tiles.num_stages - 1)
+    streamed, held = ("block_q", "block_k") if kernel == "backward_key_value" else ("block_k", "block_q")
+    for name in (streamed, held):
+        if getattr(tiles, name) > SMALLEST:
+            return tiles._replace(**{name: getattr(tiles, name) // 2})
+    return tiles
+
+
+def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, mask_itemsize: int) -> int:
+    """An upper bound on the shared memory of one program; ``make gpu-check`` holds it against the compilers."""
+    d, dv = pad(head), pad(value_head)
+    # the rows that a program keeps, and those that pass by
+    held, streamed = (tiles.block_k, tiles.block_q) if kernel == "backward_key_value" else (tiles.block_q, tiles.block_k)
+    held *= d if kernel == "forward" else d + dv
+    streamed *= d + dv
+    tile = tiles.block_q * tiles.block_k
+    # per-slot vectors are copied ahead too, and reductions and layout changes take a little
+    vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages
+    return itemsize * (held + streamed * tiles.num_stages + tile) + mask_itemsize * tile * tiles.num_stages + vectors + 2048
