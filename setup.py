@@ -13,10 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
-from setuptools.command.build_ext import build_ext
+import setuptools
+
+# without build isolation nobody checks what pyproject.toml asks for, and the errors of an old one are riddles
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"tokenops: building needs setuptools >= 77, got {setuptools.__version__} (pip install --upgrade setuptools)")
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 
