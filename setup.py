@@ -19,10 +19,10 @@ import setuptools
 if int(setuptools.__version__.partition(".")[0]) < 77:
     sys.exit(f"tokenops: building needs setuptools >= 77, got {setuptools.__version__} (pip install --upgrade setuptools)")
 
-from setuptools import Extension, find_packages, setup  # noqa: E402
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
-from setuptools.command.build import build  # noqa: E402
-from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
