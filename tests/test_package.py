@@ -180,7 +180,8 @@ def test_baseline_code_needs_no_vector_extension(library: Path) -> None:
 
 
 def test_wheel_serves_every_python_of_its_platform(wheel: Path) -> None:
-    assert re.fullmatch(r"tokenops-[\w.]+-py3-none-(linux|manylinux|macosx)\w+\.whl", wheel.name)
+    version = re.escape(tokenops.__version__)
+    assert re.fullmatch(rf"tokenops-{version}-py3-none-(linux|manylinux|macosx)\w+\.whl", wheel.name)
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -285,3 +286,24 @@ def test_library_runs_under_the_oldest_torch(wheel: Path, tmp_path: Path) -> Non
     pip("install", "--no-deps", "--target", old, f"torch=={builds[0]}", *extra)
     pip("install", "--no-deps", "--target", place, wheel)
     smoke(place, "cpu", torch_version=builds[0], path=(old,))
+
+
+# --- what the README says ---
+
+
+def test_readme_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    query, key, value = torch.randn(3, 2, 3, 500, 16).unbind()
+    names = {"query": query, "key": key, "value": value, "score": torch.rand(2, 500)}
+    exec(example, names)
+    kept = names["kept"][:, None, :, None].expand(-1, 3, -1, 16)
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(grid.gather(2, kept) for grid in (query, key, value)))
+    torch.testing.assert_close(names["out"], wanted)
+
+
+def test_readme_lists_every_environment_variable() -> None:
+    readme = (ROOT / "README.md").read_text()
+    files = [ROOT / "setup.py", *(ROOT / "tokenops").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    read = {name for file in files for name in re.findall(r"""environ(?:\.get\(|\[)"(TOKENOPS_\w+)\"""", file.read_text())}
+    assert {"TOKENOPS_BUILD", "TOKENOPS_CPU_ISA", "TOKENOPS_CHECK"} <= read
+    assert [name for name in sorted(read) if f"`{name}`" not in readme] == []
