@@ -1,0 +1,126 @@
+"""Results as text: a block of lines for each case while the run goes on, and one table of ratios at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .record import Record
+
+# a ratio this near to 1 is called neither faster nor slower
+EVEN = 0.03
+
+
+def ratio_text(ratio: float, low: float | None = None, high: float | None = None) -> Text:
+    style = "green" if ratio > 1 + EVEN else "red" if ratio < 1 - EVEN else ""
+    text = Text(f"{ratio:.2f}x", style=style)
+    if low is not None and high is not None:
+        text.append(f"  {low:.2f}-{high:.2f}", style="dim")
+    return text
+
+
+def case_block(case: Record) -> Table:
+    """One line for each contender; fixed widths, so that the blocks of a run stand in columns."""
+    ours = [contender for contender in case["contenders"] if contender["ours"]]
+    table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim", title=_title(case), title_justify="left", title_style="bold")
+    table.add_column("", width=24, no_wrap=True)
+    for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), ("of roof", 10)):
+        table.add_column(heading, width=width, justify="right", no_wrap=True)
+    for contender in ours:
+        heading = "tokenops is faster" if len(ours) == 1 else f"{contender['name']} is"
+        table.add_column(heading, min_width=18, no_wrap=True)
+    for contender in case["contenders"]:
+        if "ms" not in contender:
+            continue
+        ms = contender["ms"]
+        percent = 50 * (ms["high"] - ms["low"]) / ms["median"]
+        ratios = [_ratio_cell(mine, contender) for mine in ours]
+        table.add_row(
+            Text("  " + contender["name"], style="bold" if contender["ours"] else ""),
+            f"{ms['median']:.3g}" if ms["median"] < 100 else f"{ms['median']:.0f}",
+            f"± {percent:.0f} %",
+            f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
+            f"{contender['gbs']:.1f}",
+            f"{contender['roof_percent']:.0f} % {contender['roof']}",
+            *ratios,
+        )
+    return table
+
+
+def _title(case: Record) -> str:
+    return f"{case['name']}  {case['dtype']} {case['direction']}"
+
+
+def _ratio_cell(mine: Record, contender: Record) -> Text:
+    ratio = mine.get("faster_than", {}).get(contender["name"])
+    return ratio_text(ratio["median"], ratio["low"], ratio["high"]) if ratio else Text()
+
+
+def case_remarks(case: Record) -> list[Text]:
+    """What a block must say in words: who did not finish and why, and how to run it again."""
+    remarks = []
+    for contender in case["contenders"]:
+        if contender["status"] in ("wrong", "failed"):
+            reasons = "; ".join(contender["reasons"])
+            remarks.append(Text(f"  {contender['name']}: {contender['status']}, so no time and no ratio ({reasons})", style="bold red"))
+        elif contender["status"] == "not run":
+            remarks.append(Text(f"  {contender['name']}: not run ({'; '.join(contender['reasons'])})", style="dim"))
+    if case["page_faults"]:
+        remarks.append(Text(f"  {case['page_faults']} page faults per call: the times include fetching memory", style="yellow"))
+    remarks.append(Text(f"  again: {case['repro']}", style="dim"))
+    return remarks
+
+
+def print_case(console: Console, case: Record) -> None:
+    console.print()
+    console.print(case_block(case))
+    for remark in case_remarks(case):
+        console.print(remark, soft_wrap=True)
+
+
+def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
+    """How many times faster we are: a line for each case, a column for each peer, a table for each of our backends."""
+    names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
+    peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
+    for name in names:
+        table = Table(title=f"{name}: how many times faster than", title_justify="left", title_style="bold", header_style="", pad_edge=False)
+        table.add_column("case", no_wrap=True)
+        table.add_column("ms", justify="right", no_wrap=True)
+        table.add_column("of roof", justify="right", no_wrap=True)
+        for peer in peers:
+            table.add_column(peer, justify="right", max_width=10)
+        for case in cases:
+            mine = next((contender for contender in case["contenders"] if contender["name"] == name), None)
+            if mine is not None:
+                table.add_row(_title(case), *_ratio_cells(mine, case, peers))
+        yield table
+
+
+def _ratio_cells(mine: Record, case: Record, peers: Sequence[str]) -> list[Text | str]:
+    if "ms" not in mine:
+        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), "", *("" for _ in peers)]
+    ratios = mine["faster_than"]
+    found = {contender["name"]: contender["status"] for contender in case["contenders"]}
+    cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", f"{mine['roof_percent']:.0f} %"]
+    for peer in peers:
+        if peer in ratios:
+            cells.append(ratio_text(ratios[peer]["median"]))
+        else:
+            cells.append(Text("" if found.get(peer, "not run") == "not run" else found[peer], style="bold red"))
+    return cells
+
+
+def conditions_lines(run: Record) -> list[str]:
+    """Where and how the numbers were taken."""
+    env, roof, conditions = run["environment"], run["roof"], run["conditions"]
+    gemm = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof["gemm_gflops"].items())
+    return [
+        f"machine   {env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}",
+        f"versions  tokenops {env['tokenops']} (git {env['git'] or '-'}), torch {env['torch']}, Python {env['python']}; {env['date']}",
+        f"roof      torch GEMM 2048^3 {gemm} GFLOP/s; copy {roof['copy_gbs']:.1f} GB/s (measured in this run)",
+        f"clock     {conditions['clock']}; peers interleaved call by call; median, ± half the interquartile range",
+        f"memory    {conditions['memory']}",
+    ]
