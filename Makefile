@@ -1,0 +1,75 @@
+# Each target makes all it needs: python3 and a C++ compiler are enough to start from. On a machine that has its torch already (a GPU
+# machine, say), `make gpu-test VENV= PYTHON=python3` uses that torch, installs nothing into it and fetches nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+TRITON ?= 3.6.0
+# where pip looks for torch besides its own index: https://download.pytorch.org/whl/cpu saves the gigabytes of a CUDA build
+TORCH_INDEX ?=
+# for pytest or the benchmark CLI: make test ARGS="-k dispatch"
+ARGS ?=
+
+venv := $(or $(VENV),build/borrowed)
+environment := $(venv)/.ready-$(if $(VENV),torch$(TORCH)-triton$(TRITON),borrowed)
+python := $(venv)/bin/python
+pip := $(python) -m pip --quiet --disable-pip-version-check install
+library := build/.library
+export PATH := $(abspath $(venv)/bin):$(PATH)
+
+.PHONY: help test test-full bench gpu-check gpu-test gpu-bench sanitize lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test        build, run every test (12 minutes at most on 2 cores)"
+	@echo "make bench       build, run the benchmark's quick preset on real video (3 minutes at most)"
+	@echo "make test-full   the long tests and the sanitizers too"
+	@echo "make sanitize    the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make gpu-check   compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
+	@echo "make gpu-test    the tests on a GPU           make gpu-bench   the benchmark on a GPU"
+	@echo "make lint        ruff, clang-format, mypy     make format      let them rewrite"
+
+# pinned tools, and the package in place; the library is built by the rule below, so that it is rebuilt when only csrc/ changes
+$(VENV)/.ready-torch$(TORCH)-triton$(TRITON): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(venv)
+	$(pip) torch==$(TORCH) -r requirements-dev.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(pip) --no-deps triton==$(TRITON)
+	TOKENOPS_BUILD=none $(pip) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# a second environment over the first one's packages: not --system-site-packages, which skips those of an interpreter that is a venv itself
+build/borrowed/.ready-borrowed: pyproject.toml
+	$(PYTHON) -m venv --without-pip $(venv)
+	$(PYTHON) -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' \
+	  > "$$($(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	TOKENOPS_BUILD=none $(pip) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(library): $(environment) setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
+	$(python) setup.py --quiet build_ext --inplace
+	@touch $@
+
+test: $(library)
+	$(python) -m pytest $(ARGS)
+
+test-full: sanitize $(library)
+	$(python) -m pytest -m "full or not full" $(ARGS)
+
+bench: $(library)
+	$(python) -m tokenops.benchmarks bench --preset quick $(ARGS)
+
+cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(environment)
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(cpp_files)
+	mypy
+
+format: $(environment)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(cpp_files)
+
+clean:
+	rm -rf build dist *.egg-info tokenops/_C_* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,157 @@
+// Gathering rows of a grid into the layouts that the tile product reads. The gather costs nothing extra: any fast product
+// packs its operands anyway. Scalars are those of gemm.h: floats, or pairs of bf16 along the contracted dimension.
+#pragma once
+
+#include "gemm.h"
+
+namespace tokenops {
+namespace TOKENOPS_ISA {
+
+TOKENOPS_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+TOKENOPS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// rows of one (sequence, head) of a grid, picked by a list; past its end there are rows of zeros
+template <class T>
+struct Rows {
+  const T* base;
+  int64_t stride;
+  const int32_t* row;
+  int64_t count;
+
+  const T* at(int64_t i) const { return base + row[i] * stride; }
+};
+
+// the L scalars from `from` on of a row of `width` elements, zeros past its end
+template <class Dot, int L, class T>
+TOKENOPS_INLINE VecF<L> load_scalars(const T* row, int64_t from, int64_t width) {
+  constexpr int k = Dot::kPerScalar;
+  int64_t left = width / k - from;
+  if constexpr (k == 1) {
+    return left >= L ? load<L>(row + from) : load_first<L>(row + from, left);
+  } else {
+    const float* pairs = (const float*)(const void*)row;
+    return left >= L ? load<L>(pairs + from) : load_first<L>(pairs + from, left);
+  }
+}
+
+// to[i][c]: rows as they are. Contracted over the width when rows are broadcast.
+template <class Dot, class T>
+void pack_rows(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
+  constexpr int L = kLanes;
+  int64_t scalars = width / Dot::kPerScalar;
+  for (int64_t i = 0; i < count; ++i, to += to_row) {
+    if (i >= rows.count) {
+      memset(to, 0, scalars * sizeof(*to));
+      continue;
+    }
+    const T* row = rows.at(i);
+    int64_t c = 0;
+    for (; c + L <= scalars; c += L) store_bits(to + c, load_scalars<Dot, L>(row, c, width));
+    if (c < scalars) {
+      VecF<L> last = load_scalars<Dot, L>(row, c, width);
+      memcpy(to + c, &last, (scalars - c) * sizeof(*to));
+    }
+  }
+}
+
+template <int L>
+TOKENOPS_INLINE VecH<L> load_half(const uint16_t* row, int64_t from, int64_t width) {
+  VecH<L> v{};
+  if (!row || from >= width) return v;
+  if (width - from >= L) return load_bits<VecH<L>>(row + from);
+  memcpy(&v, row + from, (width - from) * sizeof(uint16_t));
+  return v;
+}
+
+// to[i / kPerScalar][c]: rows that will be contracted over. Columns from width up to to_row are zeros.
+template <class Dot, class T>
+void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
+  constexpr int L = kLanes;
+  if constexpr (Dot::kPerScalar == 1) {
+    pack_rows<Dot>(to, to_row, rows, count, width);
+    if (to_row > width)
+      for (int64_t i = 0; i < count; ++i) memset(to + i * to_row + width, 0, (to_row - width) * sizeof(*to));
+  } else {
+    for (int64_t i = 0; i < count; i += 2, to += to_row) {
+      const uint16_t* even = i < rows.count ? (const uint16_t*)(const void*)rows.at(i) : nullptr;
+      const uint16_t* odd = i + 1 < rows.count ? (const uint16_t*)(const void*)rows.at(i + 1) : nullptr;
+      for (int64_t c = 0; c < to_row; c += L) {
+        VecH<L> low = load_half<L>(even, c, width), high = load_half<L>(odd, c, width);
+        VecU<L> pair = __builtin_convertvector(low, VecU<L>) | __builtin_convertvector(high, VecU<L>) << 16;
+        memcpy(to + c, &pair, smaller(L, to_row - c) * sizeof(*to));
+      }
+    }
+  }
+}
+
+// to[c][i]: rows into lanes, `vectors` vectors of them
+template <class Dot, class T>
+void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width) {
+  constexpr int L = kLanes;
+  int64_t scalars = width / Dot::kPerScalar, to_row = vectors * L;
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int64_t c = 0; c < scalars; c += L) {
+      VecF<L> tile[L];
+      for (int i = 0; i < L; ++i) {
+        int64_t r = v * L + i;
+        tile[i] = r < rows.count ? load_scalars<Dot, L>(rows.at(r), c, width) : VecF<L>{};
+      }
+      transpose<L>(tile);
+      for (int i = 0; i < smaller(L, scalars - c); ++i) store_bits(to + (c + i) * to_row + v * L, tile[i]);
+    }
+}
+
+// to.at(i)[c] = from[c][i] * factor[i]: lanes back into rows
+template <class T>
+void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t vectors, const float* factor,
+                  int64_t width) {
+  constexpr int L = kLanes;
+  for (int64_t v = 0; v * L < count; ++v) {
+    VecF<L> by = load<L>(factor + v * L);
+    for (int64_t c = 0; c < width; c += L) {
+      int64_t columns = smaller(L, width - c);
+      VecF<L> tile[L];
+      for (int i = 0; i < L; ++i) tile[i] = i < columns ? load<L>(from + ((c + i) * vectors + v) * L) * by : VecF<L>{};
+      transpose<L>(tile);
+      for (int i = 0; i < smaller(L, count - v * L); ++i) {
+        T* at = to + row[v * L + i] * to_row + c;
+        columns == L ? store<L>(at, tile[i]) : store_first<L>(at, tile[i], columns);
+      }
+    }
+  }
+}
+
+// to.at(i)[c] = from[i][c] * factor; from_row is a multiple of the lanes
+template <class T>
+void unpack_rows(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t from_row, float factor,
+                 int64_t width) {
+  constexpr int L = kLanes;
+  for (int64_t i = 0; i < count; ++i, from += from_row)
+    for (int64_t c = 0; c < width; c += L) {
+      int64_t columns = smaller(L, width - c);
+      VecF<L> values = load<L>(from + c) * factor;
+      T* at = to + row[i] * to_row + c;
+      columns == L ? store<L>(at, values) : store_first<L>(at, values, columns);
+    }
+}
+
+template <class T>
+void zero_rows(T* to, int64_t to_row, const int32_t* row, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i) memset(to + row[i] * to_row, 0, width * sizeof(T));
+}
+
+// scratch memory handed out in aligned pieces; run once without memory to learn the size
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base ? (T*)(void*)(base + used) : nullptr;
+    used += round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+}  // namespace TOKENOPS_ISA
+}  // namespace tokenops

@@ -1,0 +1,279 @@
+// The tensor side of sparse_attention on the CPU: tensors -> pointers -> pieces of work -> the loops of one instruction set.
+#include "sparse_attention.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../tensors.h"
+#include "isa.h"
+#include "row_lists.h"
+#include "threads.h"
+
+namespace tokenops {
+
+#define X(isa)                                    \
+  namespace isa {                                 \
+  const SparseAttentionLoops& sparse_attention(); \
+  }
+TOKENOPS_ISAS
+#undef X
+
+namespace {
+
+enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
+
+Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16"); return Storage::f32;
+  }
+}
+
+Mask mask_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
+  switch (storage_of(t)) {
+    case Storage::f32: return Mask::f32;
+    case Storage::bf16: return Mask::bf16;
+    case Storage::f16: return Mask::f16;
+  }
+  return Mask::none;
+}
+
+Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, bool packed) {
+  check_rank(name, t, 4);
+  check_dtype(name, t, dtype);
+  check_size(name, t, 0, batch);
+  check_size(name, t, 1, heads);
+  check_size(name, t, 2, rows);
+  check_size(name, t, 3, width);
+  check_dense_rows(name, t);
+  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// one call: the problem as the loops see it, and what its pointers point into
+struct Call {
+  SparseAttention p{};
+  RowListTable queries, keys;
+  int64_t batch, slots;
+  bool packed;
+
+  Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& q_index, const OptionalTensor& kv_index,
+       const OptionalTensor& kv_bias, const OptionalTensor& attn_mask, const OptionalTensor& cu_seqlens_q,
+       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_rows)
+      : queries(q_index, cu_seqlens_q, rows_of(query), query.size(0), query.size(1), unique_rows),
+        keys(kv_index, cu_seqlens_k, rows_of(key), query.size(0), key.size(1), unique_rows),
+        batch(query.size(0)),
+        slots(q_index ? q_index->size(2) : query.size(2)),
+        packed(cu_seqlens_q.has_value()) {
+    const ScalarType dtype = query.scalar_type();
+    STD_TORCH_CHECK(packed == cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k must be given together");
+    STD_TORCH_CHECK(!packed || batch == 1, "packed sequences must have a batch of 1");
+    STD_TORCH_CHECK(!packed || cu_seqlens_q->size(0) == cu_seqlens_k->size(0), "cu_seqlens_q and cu_seqlens_k must have the same length");
+    p.storage = storage_of(query);
+    p.sequences = packed ? queries.sequences() : batch;
+    p.query_heads = query.size(1);
+    p.kv_heads = key.size(1);
+    p.width = query.size(3);
+    p.value_width = value.size(3);
+    STD_TORCH_CHECK(p.kv_heads > 0 && p.query_heads % p.kv_heads == 0, "query heads must be a multiple of key heads");
+    for (int64_t width : {p.width, p.value_width})
+      STD_TORCH_CHECK(width > 0 && width % 8 == 0 && width <= 256, "head widths must be multiples of 8 up to 256, got ", width);
+    p.queries = queries.lists();
+    p.keys = keys.lists();
+    p.query = grid_of("query", query, dtype, batch, p.query_heads, query.size(2), p.width, packed);
+    p.key = grid_of("key", key, dtype, batch, p.kv_heads, key.size(2), p.width, packed);
+    p.value = grid_of("value", value, dtype, batch, p.kv_heads, key.size(2), p.value_width, packed);
+    p.scale = static_cast<float>(scale);
+    p.causal = causal;
+    if (kv_bias) {
+      check_rank("kv_bias", *kv_bias, 3);
+      check_dtype("kv_bias", *kv_bias, ScalarType::Float);
+      check_broadcast("kv_bias", *kv_bias, 0, batch);
+      check_broadcast("kv_bias", *kv_bias, 1, p.kv_heads);
+      check_size("kv_bias", *kv_bias, 2, key.size(2));
+      p.bias = kv_bias->const_data_ptr<float>();
+      p.bias_sequence = packed ? 0 : broadcast_stride(*kv_bias, 0);
+      p.bias_head = broadcast_stride(*kv_bias, 1);
+      p.bias_row = kv_bias->stride(2);
+    }
+    if (attn_mask) {
+      check_rank("attn_mask", *attn_mask, 4);
+      check_broadcast("attn_mask", *attn_mask, 0, batch);
+      check_broadcast("attn_mask", *attn_mask, 1, p.query_heads);
+      check_broadcast("attn_mask", *attn_mask, 2, query.size(2));
+      check_broadcast("attn_mask", *attn_mask, 3, key.size(2));
+      p.mask = mask_of(*attn_mask);
+      p.mask_data = attn_mask->const_data_ptr();
+      p.mask_sequence = packed ? 0 : broadcast_stride(*attn_mask, 0);
+      p.mask_head = broadcast_stride(*attn_mask, 1);
+      p.mask_row = broadcast_stride(*attn_mask, 2);
+      p.mask_column = broadcast_stride(*attn_mask, 3);
+    }
+  }
+
+  bool valid() const { return queries.valid() && keys.valid(); }
+
+  void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
+    check_statistic("lse", lse);
+    p.lse = const_cast<float*>(lse.const_data_ptr<float>());
+    p.stat_sequence = packed ? 0 : lse.stride(0);
+    p.stat_head = lse.stride(1);
+    if (!row_sq) return;
+    check_statistic("row_sq", *row_sq);
+    STD_TORCH_CHECK(row_sq->is_contiguous() && lse.is_contiguous(), "lse and row_sq must be contiguous");
+    p.row_sq = row_sq->mutable_data_ptr<float>();
+  }
+
+ private:
+  static int64_t rows_of(const Tensor& t) {
+    check_rank("query, key and value", t, 4);
+    STD_TORCH_CHECK(t.size(2) < INT32_MAX, "a grid must have fewer than 2^31 rows");
+    return t.size(2);
+  }
+  void check_statistic(const char* name, const Tensor& t) const {
+    check_rank(name, t, 3);
+    check_dtype(name, t, ScalarType::Float);
+    check_size(name, t, 0, batch);
+    check_size(name, t, 1, p.query_heads);
+    check_size(name, t, 2, slots);
+    check_dense_rows(name, t);
+  }
+};
+
+const SparseAttentionLoops& loops_of(const std::string& isa) {
+  switch (isa_of(isa)) {
+#define X(isa) \
+  case Isa::isa: return isa::sparse_attention();
+    TOKENOPS_ISAS
+#undef X
+  }
+  return generic::sparse_attention();
+}
+
+int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,
+                OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
+                OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
+  const SparseAttentionLoops& loops = loops_of(isa);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row);
+  if (!call.valid()) return kBadContents;
+  SparseAttention& p = call.p;
+  call.set_statistics(lse, row_sq);
+  p.out = grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
+  p.out_by_row = by_row;
+
+  // all blocks of all heads in a row, cut where the work is even; a head that is cut packs its keys twice, so cut few
+  struct Head {
+    int64_t sequence, kv_head, blocks, cost;  // cost of a block
+  };
+  std::vector<Head> heads;
+  std::vector<int64_t> before{0};
+  for (int64_t s = 0; s < p.sequences; ++s)
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      int64_t blocks = 0;
+      for (int64_t g = 0; g < p.group(); ++g) blocks += loops.query_blocks(p.queries.at(s, h * p.group() + g).count);
+      heads.push_back({s, h, blocks, p.keys.at(s, h).count + 16});
+      before.push_back(before.back() + blocks * heads.back().cost);
+    }
+  constexpr int64_t kPiecesPerThread = 4;
+  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), before.back());
+  const auto place = [&](int64_t piece) {  // the block that starts a piece: (head, block)
+    const int64_t at = static_cast<int64_t>(static_cast<__int128>(before.back()) * piece / pieces);
+    const int64_t i = std::upper_bound(before.begin(), before.end(), at) - before.begin() - 1;
+    return i == static_cast<int64_t>(heads.size()) ? std::pair<int64_t, int64_t>(i, 0)
+                                                   : std::pair<int64_t, int64_t>(i, (at - before[i]) / heads[i].cost);
+  };
+  const bool done = run_parallel(pieces, loops.forward_scratch(p, call.keys.longest()), [&](int64_t piece, char* scratch) {
+    const auto [first, first_block] = place(piece);
+    const auto [last, last_block] = place(piece + 1);
+    for (int64_t i = first; i < static_cast<int64_t>(heads.size()) && i <= last; ++i) {
+      const int64_t from = i == first ? first_block : 0, to = i == last ? last_block : heads[i].blocks;
+      if (from < to) loops.forward(p, heads[i].sequence, heads[i].kv_head, from, to, scratch);
+    }
+  });
+  return done ? kOk : kNoMemory;
+}
+
+int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor grad_value, OptionalTensor grad_bias, Tensor grad_out,
+                 Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, OptionalTensor q_index, OptionalTensor kv_index,
+                 OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                 bool is_causal, double scale, std::string isa) {
+  const SparseAttentionLoops& loops = loops_of(isa);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true);
+  if (!call.valid()) return kBadContents;
+  SparseAttention& p = call.p;
+  const ScalarType dtype = query.scalar_type();
+  const int64_t rows = query.size(2), columns = key.size(2);
+  call.set_statistics(lse, std::nullopt);
+  p.out = grid_of("out", out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
+  p.grad_out = grid_of("grad_out", grad_out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
+  if (grad_query) p.grad_query = grid_of("grad_query", *grad_query, dtype, call.batch, p.query_heads, rows, p.width, call.packed);
+  if (grad_key) p.grad_key = grid_of("grad_key", *grad_key, dtype, call.batch, p.kv_heads, columns, p.width, call.packed);
+  if (grad_value) p.grad_value = grid_of("grad_value", *grad_value, dtype, call.batch, p.kv_heads, columns, p.value_width, call.packed);
+  if (grad_bias) {
+    check_rank("grad_bias", *grad_bias, 3);
+    check_dtype("grad_bias", *grad_bias, ScalarType::Float);
+    check_size("grad_bias", *grad_bias, 0, call.batch);
+    check_size("grad_bias", *grad_bias, 1, p.kv_heads);
+    check_size("grad_bias", *grad_bias, 2, columns);
+    check_dense_rows("grad_bias", *grad_bias);
+    p.grad_bias = grad_bias->mutable_data_ptr<float>();
+    p.grad_bias_sequence = call.packed ? 0 : grad_bias->stride(0);
+    p.grad_bias_head = grad_bias->stride(1);
+  }
+
+  // A part is a range of keys of one head: it alone adds to their gradients. Few heads are cut into several parts, whose shares
+  // of the queries' gradients are then added up in order. The cut follows from the shapes, so the bits do not depend on threads.
+  struct Part {
+    int64_t sequence, kv_head, part, first, last, cost;
+  };
+  constexpr int64_t kEnoughHeads = 32, kSmallestPart = 256;
+  const int64_t heads = p.sequences * p.kv_heads;
+  const auto parts_of = [&](int64_t s, int64_t h) {
+    const int64_t count = p.keys.at(s, h).count;
+    return std::max<int64_t>(1, std::min((kEnoughHeads + heads - 1) / std::max<int64_t>(heads, 1), count / kSmallestPart));
+  };
+  std::vector<Part> parts;
+  int64_t most_parts = 1, most_keys = 0;
+  for (int64_t s = 0; s < p.sequences; ++s)
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      const int64_t n = parts_of(s, h), count = p.keys.at(s, h).count;
+      int64_t queries = 0;
+      for (int64_t g = 0; g < p.group(); ++g) queries += p.queries.at(s, h * p.group() + g).count;
+      most_parts = std::max(most_parts, n);
+      for (int64_t i = 0; i < n; ++i) {
+        parts.push_back({s, h, i, count * i / n, count * (i + 1) / n, (count / n + 1) * (queries + 1)});
+        most_keys = std::max(most_keys, parts.back().last - parts.back().first);
+      }
+    }
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
+  std::vector<float> shares;
+  if (most_parts > 1 && p.grad_query.data) {
+    p.part_head = call.slots * p.width;
+    p.part_sequence = call.packed ? 0 : p.part_head * p.query_heads;
+    p.part_stride = p.part_head * p.query_heads * call.batch;
+    shares.resize(p.part_stride * most_parts);
+    p.grad_query_parts = shares.data();
+  }
+  bool done = run_parallel(parts.size(), loops.backward_scratch(p, most_keys), [&](int64_t i, char* scratch) {
+    const Part& part = parts[i];
+    loops.backward(p, part.sequence, part.kv_head, part.part, part.first, part.last, scratch);
+  });
+  if (p.grad_query_parts)
+    done &= run_parallel(p.sequences * p.query_heads, 0, [&](int64_t i, char*) {
+      const int64_t s = i / p.query_heads, h = i % p.query_heads;
+      loops.sum_query_parts(p, s, h, parts_of(s, h / p.group()));
+    });
+  return done ? kOk : kNoMemory;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
+  m.impl("sparse_attention_cpu_forward", TORCH_BOX(&forward));
+  m.impl("sparse_attention_cpu_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace tokenops

@@ -1,0 +1,276 @@
+// SIMD vectors over the GCC/Clang vector extensions. Included only by the translation units that are compiled once per
+// instruction set, inside namespace TOKENOPS_ISA: plain C types, no std:: templates, so that nothing compiled for a newer
+// instruction set can be merged by the linker into code that runs on an older machine.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace tokenops {
+namespace TOKENOPS_ISA {
+
+#define TOKENOPS_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+template <int L>
+struct VecTypes {
+  typedef float f32 __attribute__((vector_size(L * 4)));
+  typedef int32_t i32 __attribute__((vector_size(L * 4)));
+  typedef uint32_t u32 __attribute__((vector_size(L * 4)));
+  typedef uint16_t u16 __attribute__((vector_size(L * 2)));
+};
+template <int L>
+using VecF = typename VecTypes<L>::f32;
+template <int L>
+using VecI = typename VecTypes<L>::i32;
+template <int L>
+using VecU = typename VecTypes<L>::u32;
+template <int L>
+using VecH = typename VecTypes<L>::u16;
+
+// storage types: bits only, arithmetic is always float
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class V, class T>
+TOKENOPS_INLINE V load_bits(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+TOKENOPS_INLINE void store_bits(T* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+template <int L>
+TOKENOPS_INLINE VecF<L> load(const float* p) {
+  return load_bits<VecF<L>>(p);
+}
+template <int L>
+TOKENOPS_INLINE void store(float* p, VecF<L> v) {
+  store_bits(p, v);
+}
+template <int L>
+TOKENOPS_INLINE VecF<L> splat(float x) {
+  return x - VecF<L>{};
+}
+
+// ---- conversion between storage and float; to half types round to nearest even, NaN stays NaN ----
+
+template <int L>
+TOKENOPS_INLINE VecF<L> load(const bf16* p) {
+  VecU<L> wide = __builtin_convertvector(load_bits<VecH<L>>(p), VecU<L>) << 16;
+  return (VecF<L>)wide;
+}
+
+TOKENOPS_INLINE float bf16_to_float(uint16_t h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+TOKENOPS_INLINE float half_to_float(uint16_t h) {
+  // exponent re-biased by one multiplication, which also makes half denormals right; inf and NaN patched
+  uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+  float f;
+  memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) bits = 0x7f800000u | (uint32_t)(h & 0x3ff) << 13;
+  bits |= (uint32_t)(h & 0x8000) << 16;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+TOKENOPS_INLINE uint16_t float_to_half(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (bits < 0x38800000) {                       // half denormal: let the float adder round at the right bit
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    memcpy(&bits, &magnitude, 4);
+    return sign | (uint16_t)(bits - 0x3f000000);
+  }
+  bits += 0xc8000fff + (bits >> 13 & 1);
+  return sign | (uint16_t)(bits >> 13);
+}
+
+template <int L>
+TOKENOPS_INLINE VecF<L> load(const f16* p) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (VecF<L>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#endif
+#if defined(__F16C__)
+  if constexpr (L == 8) return (VecF<L>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+  VecF<L> v;
+  for (int i = 0; i < L; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+}
+
+template <int L>
+TOKENOPS_INLINE VecH<L> to_bf16(VecF<L> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (L == 16) return (VecH<L>)_mm512_cvtneps_pbh((__m512)v);
+#endif
+  VecU<L> bits = (VecU<L>)v;
+  VecU<L> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v != v ? (bits >> 16) | 0x40 : rounded;
+  return __builtin_convertvector(rounded, VecH<L>);
+}
+
+#if defined(__AVX512BF16__)
+// lane i holds (even[i], odd[i]) as two bf16
+TOKENOPS_INLINE VecU<16> interleave_bf16(VecF<16> even, VecF<16> odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                         18, 2, 17, 1, 16, 0);
+  return (VecU<16>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+}
+#endif
+
+template <int L>
+TOKENOPS_INLINE void store(bf16* p, VecF<L> v) {
+  store_bits(p, to_bf16<L>(v));
+}
+template <int L>
+TOKENOPS_INLINE void store(f16* p, VecF<L> v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (L == 8) return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (int i = 0; i < L; ++i) p[i].bits = float_to_half(v[i]);
+}
+
+// the first n of L elements; the rest read as zero and are not written. Goes through the stack: for ragged ends only.
+template <int L, class T>
+TOKENOPS_INLINE VecF<L> load_first(const T* p, int64_t n) {
+  T part[L];
+  memset(part, 0, sizeof(part));
+  memcpy(part, p, n * sizeof(T));
+  return load<L>(part);
+}
+template <int L, class T>
+TOKENOPS_INLINE void store_first(T* p, VecF<L> v, int64_t n) {
+  T part[L];
+  store<L>(part, v);
+  memcpy(p, part, n * sizeof(T));
+}
+
+// ---- arithmetic beyond the operators ----
+
+// b where either is NaN: max(x, y) keeps a NaN that stands in y
+template <class V>
+TOKENOPS_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
+}
+template <class V>
+TOKENOPS_INLINE bool any_greater(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#endif
+  auto greater = a > b;
+  bool any = false;
+  for (int i = 0; i < (int)(sizeof(V) / 4); ++i) any |= greater[i] != 0;
+  return any;
+}
+template <class V>
+TOKENOPS_INLINE float sum_lanes(V v) {
+  // halving, in a fixed order: the same bits on every call
+  constexpr int L = sizeof(V) / 4;
+  float part[L];
+  memcpy(part, &v, sizeof(V));
+  for (int half = L / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// 2^x: x = n + r with |r| <= 1/2, 2^r by a minimax polynomial (Remez, relative error 7.5e-8 at degree 5, 7.5e-5 at degree 3;
+// bf16 keeps 8 bits, so degree 3 serves it). Zero below -126, which -inf relies on; NaN stays NaN. x must stay below 128.
+template <int L, int kDegree>
+TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
+  static_assert(kDegree == 3 || kDegree == 5);
+  VecF<L> n;
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    x = (VecF<L>)_mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
+    n = (VecF<L>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else
+#endif
+  {
+    // adding 1.5 * 2^23 rounds to an integer; -inf is clamped first and masked to zero at the end
+    VecF<L> clamped = x < -127.f ? splat<L>(-127.f) : x;
+    n = (clamped + 0x1.8p23f) - 0x1.8p23f;
+  }
+  VecF<L> r = x - n;
+  VecF<L> y;
+  if constexpr (kDegree == 5) {
+    y = 0.001327647245f * r + 0.009675540961f;
+    y = y * r + 0.05550713092f;
+    y = y * r + 0.2402212024f;
+    y = y * r + 0.693146944f;
+    y = y * r + 1.000000119f;
+  } else {
+    y = 0.05517166853f * r + 0.2426111251f;
+    y = y * r + 0.6932609677f;
+    y = y * r + 0.9999280572f;
+  }
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (VecF<L>)_mm512_scalef_ps((__m512)y, (__m512)n);
+#endif
+  VecI<L> exponent = (__builtin_convertvector(n, VecI<L>) + 127) << 23;
+  VecF<L> scaled = y * (VecF<L>)exponent;
+  return x < -126.f ? VecF<L>{} : scaled;
+}
+
+// one round of a transpose: exchange the off-diagonal step x step blocks of each 2 step x 2 step block
+template <int kStep, class V, int... i>
+TOKENOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  V low = __builtin_shufflevector(a, b, (i & kStep ? L + i - kStep : i)...);
+  b = __builtin_shufflevector(a, b, (i & kStep ? L + i : i + kStep)...);
+  a = low;
+}
+// rows[i][j] <-> rows[j][i] in registers, log2(L) rounds
+template <int L, int kStep = 1>
+TOKENOPS_INLINE void transpose(VecF<L> (&rows)[L]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, L>{});
+  if constexpr (2 * kStep < L) transpose<L, 2 * kStep>(rows);
+}
+
+}  // namespace TOKENOPS_ISA
+}  // namespace tokenops

@@ -1,0 +1,67 @@
+"""Checks and normalisation shared by the doors: what a user may pass becomes what a backend expects, or a clear error."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tokenops.types import TokenIndex
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def as_index(name: str, index: Tensor | TokenIndex, batch: tuple[int, ...], heads: int, last: str, grid_name: str, grid: Tensor) -> Tensor:
+    """[1|B, 1|H, K] int32 from a user's list [K] | [*batch, K] | [*batch, H, K]."""
+    if isinstance(index, TokenIndex):
+        index = index.index
+    check_tensor(name, index)
+    if index.dtype == torch.bool:
+        raise TypeError(f"{name} must hold row ids (int32 or int64), got a bool mask: tokenops.index_from_mask makes an index of it")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {index.dtype}")
+    check_device(name, index, grid_name, grid)
+    return dense(as_int32(per_head(name, index, batch, heads, last)))
+
+
+def as_int32(x: Tensor) -> Tensor:
+    # a number beyond int32 must stay out of range instead of wrapping around to a valid one
+    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def per_head(name: str, x: Tensor, batch: tuple[int, ...], heads: int, last: str, size: int | None = None) -> Tensor:
+    """[1|B, 1|H, last] from [last] | [*batch, last] | [*batch, H, last]; leading sizes of 1 serve all and stay 1."""
+    rank, width = len(batch), size if size is not None else (x.shape[-1] if x.dim() else 0)
+    fits = 1 <= x.dim() <= rank + 2 and x.dim() - 1 in (0, rank, rank + 1) and x.shape[-1] == width
+    leading = (*batch, heads)[: x.dim() - 1]
+    if not fits or any(got not in (1, want) for got, want in zip(x.shape[:-1], leading, strict=True)):
+        tail = last if size is None else str(size)
+        forms = {f"[{', '.join([*map(str, some), tail])}]": None for some in ((), batch, (*batch, heads))}
+        raise ValueError(f"{name} must be {' | '.join(forms)} (a leading size of 1 serves all), got {list(x.shape)}")
+    if x.dim() - 1 <= rank:
+        x = x.unsqueeze(-2)
+    return flat_batch(x, batch, 2)
+
+
+def flat_batch(x: Tensor, batch: tuple[int, ...], inner: int) -> Tensor:
+    """[1|B, ...]: the dimensions before the last ``inner`` ones as one batch dimension, still 1 if they are all 1."""
+    leading = x.shape[:-inner]
+    if len(leading) == 1:
+        return x
+    if all(size == 1 for size in leading):
+        return x.reshape(1, *x.shape[-inner:])
+    return x.expand(*batch, *x.shape[-inner:]).reshape(prod(batch), *x.shape[-inner:])
+
+
+def dense(x: Tensor) -> Tensor:
+    """The last dimension without gaps, as kernels read it. For lists and bias vectors: a grid is never copied."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,123 @@
+"""The backends of this room, in order of preference, and why each may refuse a call."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenops import native
+from tokenops.dispatch import Backend
+from tokenops.reference import sparse_attention as reference
+from tokenops.types import AttentionGradients, AttentionProblem
+
+_library = torch.library.Library("tokenops", "FRAGMENT")
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor? q_index, Tensor? kv_index, Tensor? kv_bias, Tensor? attn_mask, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal, float scale"
+)
+# implemented by csrc/cpu/sparse_attention.cpp; 0 = done, else some index or cu_seqlens content is bad
+_library.define(
+    f"sparse_attention_cpu_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, bool by_row, str isa) -> int"
+)
+_library.define(
+    "sparse_attention_cpu_backward(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_bias, "
+    f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
+)
+
+
+class NativeCPU(NamedTuple):
+    """The C++ kernels as a backend; ``isa`` "" means the best one."""
+
+    isa: str
+
+    def forward(self, problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
+        run = torch.ops.tokenops.sparse_attention_cpu_forward.default
+        code = run(out, lse, row_sq, *_native_arguments(problem), by_row, self.isa or native.default_cpu_isa())
+        if code != 0:
+            _explain(problem, code, unique_queries=by_row)
+
+    def backward(self, problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
+        run = torch.ops.tokenops.sparse_attention_cpu_backward.default
+        code = run(*grads[:4], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
+        if code != 0:
+            _explain(problem, code, unique_queries=True, unique_keys=True)
+
+
+def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
+    return (p.query, p.key, p.value, p.q_index, p.kv_index, p.kv_bias, p.attn_mask, p.cu_seqlens_q, p.cu_seqlens_k, p.is_causal, p.scale)
+
+
+def _explain(problem: AttentionProblem, code: int, **unique: bool) -> None:
+    """Kernels only report that an index is bad; this names the argument, the value and the place."""
+    reference.check_contents(problem, **unique)
+    raise RuntimeError(f"sparse_attention: the C++ kernel refused the contents of an index or cu_seqlens (code {code})")
+
+
+def cpu_objections(isa: str, problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
+    reasons = []
+    if problem.query.device.type != "cpu":
+        reasons.append(f"runs on CPU tensors, got {problem.query.device}")
+    if native.CPU_ABSENT:
+        reasons.append(native.CPU_ABSENT)
+    elif isa and isa not in native.cpu_isas():
+        reasons.append(f"{isa} is not built in or not supported by this processor (here: {', '.join(native.cpu_isas())})")
+    return reasons + _kernel_objections(problem, needs)
+
+
+def triton_objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
+    if problem.query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["runs on a GPU, got CPU tensors"]
+    try:
+        triton = _triton()
+    except ImportError as error:
+        return [f"triton is not installed ({error})"]
+    return _kernel_objections(problem, needs) + triton.objections(problem, needs)
+
+
+def _kernel_objections(problem: AttentionProblem, needs: tuple[str, ...]) -> list[str]:
+    """What no compiled kernel of ours serves."""
+    query, key, value = problem.query, problem.key, problem.value
+    reasons = []
+    if query.dtype == torch.float64:
+        reasons.append("float64 is served by the reference only")
+    for name, x in (("D", query), ("Dv", value)):
+        width = x.shape[3]
+        if width % 8 != 0 or not 8 <= width <= 256:
+            reasons.append(f"{name} must be a multiple of 8 up to 256, got {width}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(3) != 1 and x.numel() > 0:
+            reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
+    if problem.dropout_p > 0.0:
+        reasons.append("dropout is served by the reference only")
+    if "attn_mask" in needs:
+        reasons.append("the gradient of attn_mask is served by the reference only")
+    return reasons
+
+
+def _triton() -> ModuleType:
+    """Imported when first needed: triton alone takes longer to import than this package."""
+    return import_module("tokenops.triton.sparse_attention")
+
+
+class Triton:
+    """The Triton kernels as a backend."""
+
+    def forward(self, *arguments: object) -> None:
+        _triton().forward(*arguments)
+
+    def backward(self, *arguments: object) -> None:
+        _triton().backward(*arguments)
+
+
+BACKENDS = (
+    Backend("triton", Triton(), triton_objections),
+    Backend("cpu", NativeCPU(""), partial(cpu_objections, "")),
+    *(Backend(f"cpu:{isa}", NativeCPU(isa), partial(cpu_objections, isa)) for isa in ("avx512_bf16", "avx512", "avx2", "generic")),
+    Backend("reference", reference, lambda problem, needs=(): []),
+)
