@@ -22,10 +22,12 @@ except ImportError as error:
 
 import torch
 
+import tokenops
+
 from . import allocator, chart, compare, environment, harness, record, table, video
 from .harness import Case, Request, case_id
 from .record import Record
-from .roof import Roof, measure_roof
+from .roof import measure_roof
 
 ROOMS = ("sparse_attention",)
 
@@ -42,7 +44,7 @@ def console() -> Console:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(environment.package_version("tokenops"), prog_name="tokenops")
+@click.version_option(tokenops.__version__, prog_name="tokenops")
 def cli() -> None:
     """Sparse token attention for PyTorch: measure it on this machine, see what it runs on."""
 
@@ -212,17 +214,16 @@ def _run(out: Console, modules: dict[str, ModuleType], chosen: list[tuple[str, C
             table.print_case(out, run["cases"][-1])
             if progress:
                 progress.advance(bar)
-    _print_summary(out, run, roof)
+    _print_summary(out, run)
     return run
 
 
-def _print_summary(out: Console, run: Record, roof: Roof) -> None:
+def _print_summary(out: Console, run: Record) -> None:
     for ratios in table.ratio_tables(run["cases"]):
         out.print()
         out.print(ratios)
-    notes = {c["name"]: c["note"] for case in run["cases"] for c in case["contenders"] if c["note"] and c["status"] == "ok"}
-    out.print()
-    for name, note in notes.items():
+    notes = dict.fromkeys((c["name"], c["note"]) for case in run["cases"] for c in case["contenders"] if c["note"] and c["status"] == "ok")
+    for name, note in notes:
         out.print(f"  {name}: {note}", style="dim", soft_wrap=True)
     out.print()
 
@@ -233,7 +234,7 @@ def _memory_words(touched: int) -> str:
     return f"restarted with raised malloc thresholds and {touched >> 20} MiB touched beforehand, so calls do not pay page faults"
 
 
-@cli.command()
+@cli.command(short_help="Versions, op libraries, and why each backend is on or off.")
 def info() -> None:
     """Versions, which op libraries were built and for what, and why each backend is on or off."""
     from .info import print_info

@@ -51,22 +51,22 @@ def draw(run: Record, path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(lines)), [f"{case['name']}   {case['dtype']}  {case['direction']}" for case, _ in lines])
+    width = max(len(case["name"]) for case, _ in lines)
+    labels = [f"{case['name']:{width}}  {case['dtype']} {case['direction']:7}" for case, _ in lines]
+    axes.set_yticks(range(len(lines)), labels, family="monospace")
     axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.tick_params(axis="both", length=0, labelsize=8.5)
+    axes.tick_params(axis="both", length=0, labelsize=8)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel("times faster than the peer (median; whisker: quartiles of the ratios within a round); left of 1x we are slower", fontsize=8.5)
+    axes.set_xlabel("ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5)
     handles = [
         plt.Line2D([], [], linestyle="", marker=mark, color=colour, markersize=6, markeredgecolor="white", label=peer)
         for peer, (colour, mark) in style.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), frameon=False, fontsize=8.5, handletextpad=0.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=8.5, handletextpad=0.2)
     env = run["environment"]
     place = env["cpu"] if env["device"] == "cpu" else env["device"]
-    figure.suptitle(
-        f"{name}, {place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}", fontsize=9.5, x=0.01, ha="left", color="#444444"
-    )
+    figure.suptitle(f"{name}: times faster than ...  ({place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]})", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+import tokenops
+
 from .allocator import ISA_VARIABLES, MARKER, THRESHOLDS
 
-PACKAGES = ("tokenops", "torch", "triton", "numpy", "av", "matplotlib")
+PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib")
 
 # of the many CPU flags, those that kernels here or in torch ask for
 CPU_FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
@@ -44,6 +46,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "restarted": MARKER in os.environ,
+        "tokenops": tokenops.__version__,
         **{name: package_version(name) for name in PACKAGES},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }

@@ -26,6 +26,8 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3}
 WARM_UP = 3  # calls; page faults and lazy initialisation last about that long
 FEWEST_ROUNDS = 7
 MOST_ROUNDS = 2000
+UNSTEADY = 10  # percent of spread, of any contender: goes on for up to EXTENSION times the budget
+EXTENSION = 3
 SLOW = 4  # a contender this many times slower than the fastest takes part in correspondingly fewer rounds
 
 Results = tuple[Tensor, ...]
@@ -224,7 +226,7 @@ def _check(contender: Contender, names: Sequence[str], expected: Results, dtype:
     return outcome._replace(error=max(fractions.values()))
 
 
-def _race(contenders: Sequence[Contender], clock: Clock, budget: float, threads: int) -> tuple[dict[str, list[float | None]], int | None]:
+def _race(contenders: Sequence[Contender], clock: Clock, seconds: float, threads: int) -> tuple[dict[str, list[float | None]], int | None]:
     """Round-robin; every round starts one contender further on, so that none always follows the same one."""
     samples: dict[str, list[float | None]] = {contender.name: [] for contender in contenders}
     if not contenders:
@@ -236,9 +238,10 @@ def _race(contenders: Sequence[Contender], clock: Clock, budget: float, threads:
 
     typical = {contender.name: min(call(contender) for _ in range(WARM_UP)) for contender in contenders}
     fastest = min(typical.values())
-    stride = {name: max(1, int(seconds / (SLOW * fastest))) for name, seconds in typical.items()}
-    # a slow one still gets its share of the budget
-    stride = {name: min(wait, max(1, int(budget / (len(contenders) * FEWEST_ROUNDS * fastest)))) for name, wait in stride.items()}
+    # a slow one sits out rounds, but not so many that the fewest rounds outlast the budget
+    longest = max(1, int(seconds / (len(contenders) * FEWEST_ROUNDS * fastest)))
+    stride = {name: min(longest, max(1, int(usual / (SLOW * fastest)))) for name, usual in typical.items()}
+    budget = seconds
     gc.collect()
     spent, rounds, calls, faults = 0.0, 0, 0, page_faults()
     gc.disable()
@@ -252,11 +255,18 @@ def _race(contenders: Sequence[Contender], clock: Clock, budget: float, threads:
                 spent += sample or 0
                 calls += taking_part
             rounds += 1
+            if budget <= spent < EXTENSION * seconds and _unsteady(samples):
+                # something else ran on the machine: more rounds let the median settle
+                budget = spent + seconds
     finally:
         gc.enable()
         use_threads(threads)
     after = page_faults()
     return samples, None if faults is None or after is None else (after - faults) // calls
+
+
+def _unsteady(samples: Mapping[str, Sequence[float | None]]) -> bool:
+    return any(Spread.of([sample for sample in taken if sample is not None]).percent > UNSTEADY for taken in samples.values())
 
 
 def _ratio(peer: Sequence[float | None], ours: Sequence[float | None]) -> Spread:

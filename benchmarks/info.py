@@ -26,7 +26,7 @@ def build_record(library: str) -> dict[str, Any] | None:
 
 def print_info(out: Console, rooms: list[ModuleType]) -> None:
     env = environment()
-    _section(out, "versions", {"Python": env["python"], **{name: env[name] or "not installed" for name in PACKAGES}, "git": env["git"] or "-"})
+    _section(out, "versions", {"tokenops": f"{env['tokenops']} (git {env['git'] or '-'})", "Python": env["python"], **{n: env[n] or "not installed" for n in PACKAGES}})
     _section(
         out,
         "machine",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tokenops
 from tokenops.dispatch import choose
-from tokenops.ops.sparse_attention.arguments import as_grids, as_problem
+from tokenops.ops.sparse_attention.arguments import as_problem
 from tokenops.ops.sparse_attention.backends import BACKENDS
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionProblem
@@ -166,7 +166,7 @@ def prepare(case: Case, request: Request) -> Trial:
 
 
 def _problem(inputs: Inputs) -> AttentionProblem:
-    return as_problem(as_grids(*inputs.grids, False), None, 0.0, False, None, inputs.index, inputs.index, inputs.bias)
+    return as_problem(*inputs.grids, q_index=inputs.index, kv_index=inputs.index, kv_bias=inputs.bias)[0]
 
 
 def _needs(differentiate: bool) -> tuple[str, ...]:
@@ -178,10 +178,9 @@ def _objections(problem: AttentionProblem, differentiate: bool) -> dict[str, lis
 
 
 def example_objections(device: str) -> dict[str, list[str]]:
-    """Why each backend would refuse a plain training call on ``device``; nothing: it would serve it."""
-    example = reference.example_inputs(dtype=torch.float32, device=device, kept=0.5, kv_kept=0.5)
-    grids = as_grids(example["query"], example["key"], example["value"], False)
-    return _objections(as_problem(grids, None, 0.0, False, None, example["q_index"], example["kv_index"], None), differentiate=True)
+    """Why each backend would refuse a plain float32 training call on ``device``; an empty list: it would serve it."""
+    problem, _ = as_problem(**reference.example_inputs(device=device, kept=0.5, kv_kept=0.5))
+    return _objections(problem, differentiate=True)
 
 
 def _expected(inputs: Inputs, differentiate: bool) -> Results:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .harness import UNSTEADY
 from .record import Record
+from .roof import GEMM
 
 # a ratio this near to 1 is called neither faster nor slower
 EVEN = 0.03
@@ -30,7 +33,7 @@ def case_block(case: Record) -> Table:
     for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), ("of roof", 10)):
         table.add_column(heading, width=width, justify="right", no_wrap=True)
     for contender in ours:
-        heading = "tokenops is faster" if len(ours) == 1 else f"{contender['name']} is"
+        heading = f"{contender['name']} is faster"
         table.add_column(heading, min_width=18, no_wrap=True)
     for contender in case["contenders"]:
         if "ms" not in contender:
@@ -41,7 +44,7 @@ def case_block(case: Record) -> Table:
         table.add_row(
             Text("  " + contender["name"], style="bold" if contender["ours"] else ""),
             f"{ms['median']:.3g}" if ms["median"] < 100 else f"{ms['median']:.0f}",
-            f"± {percent:.0f} %",
+            Text(f"± {percent:.0f} %", style="yellow" if percent > UNSTEADY else ""),
             f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
             f"{contender['gbs']:.1f}",
             f"{contender['roof_percent']:.0f} % {contender['roof']}",
@@ -86,7 +89,9 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
     names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
     peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
     for name in names:
-        table = Table(title=f"{name}: how many times faster than", title_justify="left", title_style="bold", header_style="", pad_edge=False)
+        table = Table(
+            title=f"{name}: how many times faster than", title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         table.add_column("of roof", justify="right", no_wrap=True)
@@ -120,7 +125,7 @@ def conditions_lines(run: Record) -> list[str]:
     return [
         f"machine   {env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}",
         f"versions  tokenops {env['tokenops']} (git {env['git'] or '-'}), torch {env['torch']}, Python {env['python']}; {env['date']}",
-        f"roof      torch GEMM 2048^3 {gemm} GFLOP/s; copy {roof['copy_gbs']:.1f} GB/s (measured in this run)",
+        f"roof      torch GEMM {GEMM}^3 {gemm} GFLOP/s; copy {roof['copy_gbs']:.1f} GB/s (measured in this run)",
         f"clock     {conditions['clock']}; peers interleaved call by call; median, ± half the interquartile range",
         f"memory    {conditions['memory']}",
     ]
