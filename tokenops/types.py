@@ -10,8 +10,9 @@ from torch import Tensor
 class TokenIndex(NamedTuple):
     """Which tokens of a grid take part. Accepted wherever an index tensor is."""
 
-    index: Tensor  # [K] | [B, K] | [B, H, K] int32 row ids, -1 = empty slot
-    count: Tensor  # [] | [B] | [B, H] int32, how many slots of each list are filled
+    # both names also are methods of tuple, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # [K] | [B, K] | [B, H, K] int32 row ids, -1 = empty slot
+    count: Tensor  # type: ignore[assignment]  # [] | [B] | [B, H] int32, how many slots of each list are filled
 
 
 class Aux(NamedTuple):

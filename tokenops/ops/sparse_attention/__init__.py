@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenops.ops.sparse_attention import operators as operators
+from tokenops.ops.sparse_attention import transforms as transforms
 from tokenops.ops.sparse_attention.arguments import as_grid_view, as_packed_problem, as_problem, check_aux, check_grid
 from tokenops.ops.sparse_attention.backends import BACKENDS as BACKENDS
 from tokenops.types import Aux, TokenIndex
@@ -41,8 +42,8 @@ def sparse_attention(
     out[b, h, k] = sum_l softmax_l(scale <query[b, h, n], key[b, h, m]> + kv_bias[b, h, m] + attn_mask[b, h, n, m]) value[b, h, m]
     with n = q_index[b, h, k] and m = kv_index[b, h, l].
 
-    Without an index it is ``torch.nn.functional.scaled_dot_product_attention``, with its positional arguments, ranks (2-D has one head and no
-    batch, 3-D is [H, N, D], the batch of a 5-D call has two sizes) and broadcasting of batches and of one head. The output has the query's
+    Without an index it is ``torch.nn.functional.scaled_dot_product_attention``, with its positional arguments, ranks (2-D has one head, no
+    batch; 3-D is [H, N, D]; the batch of a 5-D call has two sizes) and broadcasting of batches and of one head. The output has the query's
     memory layout.
 
     Args:

@@ -189,7 +189,8 @@ def as_packed_problem(
     for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if most is not None and most < 0:
             raise ValueError(f"{name} must not be negative, got {most}")
-    grids = Grids(*(x.transpose(0, 1).unsqueeze(0) for x in rows), (), True)
+    q_grid, k_grid, v_grid = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+    grids = Grids(q_grid, k_grid, v_grid, (), True)
     problem = _problem(grids, None, dropout_p, is_causal, scale, q_index, kv_index, kv_bias)
     problem = problem._replace(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return problem, rows

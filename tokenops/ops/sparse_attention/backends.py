@@ -101,7 +101,7 @@ def _kernel_objections(problem: AttentionProblem, needs: tuple[str, ...]) -> lis
 
 
 def _triton() -> ModuleType:
-    """Imported when first needed: triton alone takes longer to import than this package."""
+    """Imported when first needed: the package works without triton."""
     return import_module("tokenops.triton.sparse_attention")
 
 

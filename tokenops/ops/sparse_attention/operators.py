@@ -43,7 +43,7 @@ for _name, _arguments in (("sparse_attention", _DENSE), ("sparse_attention_varle
     )
 
 
-def _dense_problem(
+def dense_problem(
     query: Tensor,  # [B, Hq, N, D]
     key: Tensor,  # [B, Hkv, M, D]
     value: Tensor,  # [B, Hkv, M, Dv]
@@ -61,7 +61,7 @@ def _dense_problem(
     )
 
 
-def _packed_problem(
+def packed_problem(
     query: Tensor,  # [Tq, Hq, D]
     key: Tensor,  # [Tk, Hkv, D]
     value: Tensor,  # [Tk, Hkv, Dv]
@@ -105,10 +105,8 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-FORMS = (
-    _Form("sparse_attention", (0, 1, 2, 5, 6), _dense_problem, _same, _same),
-    _Form("sparse_attention_varlen", (0, 1, 2, 7), _packed_problem, _packed_to_grid, _grid_to_packed),
-)
+DENSE = _Form("sparse_attention", (0, 1, 2, 5, 6), dense_problem, _same, _same)
+PACKED = _Form("sparse_attention_varlen", (0, 1, 2, 7), packed_problem, _packed_to_grid, _grid_to_packed)
 
 
 def _forward(form: _Form, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,7 +255,7 @@ def _refuse_double_backward(form: _Form, *_: Any) -> None:
     raise RuntimeError(f"{form.name} cannot be differentiated twice: its backward pass has no gradient formula")
 
 
-for _form in FORMS:
+for _form in (DENSE, PACKED):
     for _suffix, _run, _fake in (("", _forward, _forward_fake), ("_", _in_place, _in_place_fake), ("_backward", _backward, _backward_fake)):
         _library.impl(f"{_form.name}{_suffix}", partial(_run, _form), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tokenops::{_form.name}{_suffix}", partial(_fake, _form), lib=_library)

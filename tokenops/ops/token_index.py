@@ -1,0 +1,64 @@
+"""Between the two ways of saying which tokens take part: a boolean mask over the grid, and a list of row ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenops.ops.arguments import check_tensor
+from tokenops.types import TokenIndex
+
+
+def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
+    """The True positions of each row as an ascending list, filled up with -1.
+
+    Args:
+        mask: [N], [B, N] or [B, H, N] bool.
+        max_k: width K of the lists, default N. Positions beyond it are dropped, the last ones first. The width does not depend on the
+            contents, so nothing waits for the device.
+
+    Returns:
+        TokenIndex of index [..., K] and count [...], both int32.
+
+    >>> index_from_mask(torch.tensor([[False, True, True], [True, False, False]]), max_k=2).index
+    tensor([[ 1,  2],
+            [ 0, -1]], dtype=torch.int32)
+    """
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if not 1 <= mask.dim() <= 3:
+        raise ValueError(f"mask must be [N] | [B, N] | [B, H, N], got {list(mask.shape)}")
+    rows = mask.shape[-1]
+    width = rows if max_k is None else max_k
+    if width < 0:
+        raise ValueError(f"max_k must not be negative, got {max_k}")
+    ids = torch.arange(rows, dtype=torch.int32, device=mask.device)
+    # a row that is left out sorts behind all others
+    index = torch.where(mask, ids, rows).sort(-1).values[..., :width]
+    index = index.masked_fill(index == rows, -1)
+    if width > rows:
+        index = torch.nn.functional.pad(index, (0, width - rows), value=-1)
+    return TokenIndex(index.to(torch.int32), mask.sum(-1, dtype=torch.int32).clamp(max=width))
+
+
+def mask_from_index(index: Tensor | TokenIndex, n: int) -> Tensor:
+    """[..., n] bool, True at the listed rows. A slot of -1 (or any id outside the n rows) marks nothing.
+
+    Args:
+        index: [K], [B, K] or [B, H, K] int32 or int64, or a TokenIndex.
+        n: rows of the grid.
+    """
+    if isinstance(index, TokenIndex):
+        index = index.index
+    check_tensor("index", index)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    if not 1 <= index.dim() <= 3:
+        raise ValueError(f"index must be [K] | [B, K] | [B, H, K], got {list(index.shape)}")
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    # empty slots all write to one more column, which is cut off
+    target = index.long().masked_fill((index < 0) | (index >= n), n)
+    mask = torch.zeros(*index.shape[:-1], n + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter_(-1, target, True)[..., :n].contiguous()
