@@ -270,8 +270,8 @@ def _unsteady(samples: Mapping[str, Sequence[float | None]]) -> bool:
 
 
 def _ratio(peer: Sequence[float | None], ours: Sequence[float | None]) -> Spread:
-    """How many times longer the peer takes: ratio of the medians, with the quartiles of the ratios within a round."""
+    """How many times longer the peer takes: ratio of the medians over the rounds of both, with the quartiles of the ratios round by round."""
     pairs = [(theirs, mine) for theirs, mine in zip(peer, ours, strict=True) if theirs is not None and mine is not None]
     by_round = Spread.of([theirs / mine for theirs, mine in pairs])
-    medians = [Spread.of([sample for sample in samples if sample is not None]).median for samples in (peer, ours)]
-    return Spread(medians[0] / medians[1], by_round.low, by_round.high)
+    theirs, mine = (Spread.of(samples) for samples in zip(*pairs, strict=True))
+    return Spread(theirs.median / mine.median, by_round.low, by_round.high)

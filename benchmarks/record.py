@@ -43,14 +43,12 @@ def _contender(outcome: Outcome, case: Case, trial: Trial, roof: Roof) -> Record
         "error": outcome.error,
     }
     if outcome.seconds is not None:
-        percent, roof_name = roof.percent(trial.cost, case.dtype, outcome.seconds.median)
         record |= {
             "ms": _spread(Spread(*(1e3 * value for value in outcome.seconds))),
             "rounds": outcome.rounds,
             "gflops": trial.cost.flops / outcome.seconds.median * 1e-9,
             "gbs": trial.cost.bytes / outcome.seconds.median * 1e-9,
-            "roof_percent": percent,
-            "roof": roof_name,
+            "percent_of": roof.percent(trial.cost, case.dtype, outcome.seconds.median),
         }
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
@@ -67,7 +65,11 @@ def run_record(environment: Record, roof: Roof, conditions: Record, command: str
         "command": command,
         "environment": environment,
         "conditions": conditions,
-        "roof": {"gemm_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.gemm.items()}, "copy_gbs": roof.copy * 1e-9},
+        "roof": {
+            "copy_gbs": roof.copy * 1e-9,
+            "gemm_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.gemm.items()},
+            "peak_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.peak.items()},
+        },
         "cases": cases,
     }
 

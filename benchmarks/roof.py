@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same run: a large matrix product and a large copy, both torch's own."""
+"""What this machine can do at best, measured in the same run."""
 
 from __future__ import annotations
 
@@ -8,32 +8,57 @@ from typing import NamedTuple
 
 import torch
 
+from tokenops import native
+
 from .harness import DTYPES, Clock, Cost, Results
 
 GEMM = 2048  # rows, columns and depth
 COPY = 256 << 20  # bytes read, and as many written: far beyond any cache
+STEPS = 100_000  # of multiply-adds on every thread: a few milliseconds
+
+_library = torch.library.Library("tokenops", "FRAGMENT")
+# every thread does ``steps`` of independent multiply-adds in registers; returns the operations of all threads
+_library.define("cpu_multiply_add(int steps, bool bf16, str isa) -> int")
 
 
 class Roof(NamedTuple):
     """Best of the tries: a roof is what is possible, not what is typical."""
 
-    gemm: dict[str, float]  # dtype -> FLOP/s
-    copy: float  # bytes/s, read and written
+    copy: float  # bytes/s, read and written, by torch's copy
+    gemm: dict[str, float]  # dtype -> FLOP/s of torch's matrix product, which does not reach the peak everywhere
+    peak: dict[str, float]  # dtype -> FLOP/s of multiply-adds that touch no memory, in the instructions our kernels use; empty if unknown
 
-    def percent(self, cost: Cost, dtype: str, seconds: float) -> tuple[float, str]:
-        """How much of the nearer roof is used, and which one that is."""
-        return max((100 * cost.flops / seconds / self.gemm[dtype], "gemm"), (100 * cost.bytes / seconds / self.copy, "copy"))
+    def percent(self, cost: Cost, dtype: str, seconds: float) -> dict[str, float]:
+        """How much of each roof a call of this cost and time uses."""
+        used = {"copy": cost.bytes / self.copy, "gemm": cost.flops / self.gemm[dtype]}
+        if dtype in self.peak:
+            used["peak"] = cost.flops / self.peak[dtype]
+        return {name: 100 * best / seconds for name, best in used.items()}
 
 
 def measure_roof(device: str, dtypes: set[str], clock: Clock, seconds: float = 0.6) -> Roof:
     """``seconds`` for each of the measurements."""
-    gemm = {}
+    gemm, peak = {}, {}
     for dtype in sorted(dtypes):
         a, b, c = (torch.ones(GEMM, GEMM, dtype=DTYPES[dtype], device=device) for _ in range(3))
         gemm[dtype] = 2 * GEMM**3 / _best(lambda a=a, b=b, c=c: (torch.mm(a, b, out=c),), clock, seconds)
+        if torch.device(device).type == "cpu" and not native.CPU_ABSENT:
+            peak[dtype] = _multiply_add_peak(dtype, clock, seconds)
     source = torch.ones(COPY, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Roof(gemm, 2 * COPY / _best(lambda: (target.copy_(source),), clock, seconds))
+    return Roof(2 * COPY / _best(lambda: (target.copy_(source),), clock, seconds), gemm, peak)
+
+
+def _multiply_add_peak(dtype: str, clock: Clock, seconds: float) -> float:
+    flops = 0
+
+    def call() -> Results:
+        nonlocal flops
+        flops = torch.ops.tokenops.cpu_multiply_add(STEPS, dtype == "bf16", native.default_cpu_isa())
+        return ()
+
+    best = _best(call, clock, seconds)
+    return flops / best
 
 
 def _best(call: Callable[[], Results], clock: Clock, seconds: float) -> float:

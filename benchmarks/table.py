@@ -16,6 +16,8 @@ from .roof import GEMM
 # a ratio this near to 1 is called neither faster nor slower
 EVEN = 0.03
 
+ROOFS = ("peak", "gemm", "copy")
+
 
 def ratio_text(ratio: float, low: float | None = None, high: float | None = None) -> Text:
     style = "green" if ratio > 1 + EVEN else "red" if ratio < 1 - EVEN else ""
@@ -30,7 +32,7 @@ def case_block(case: Record) -> Table:
     ours = [contender for contender in case["contenders"] if contender["ours"]]
     table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim", title=_title(case), title_justify="left", title_style="bold")
     table.add_column("", width=24, no_wrap=True)
-    for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), ("of roof", 10)):
+    for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), *((f"of {roof}", 7) for roof in ROOFS)):
         table.add_column(heading, width=width, justify="right", no_wrap=True)
     for contender in ours:
         heading = f"{contender['name']} is faster"
@@ -47,10 +49,15 @@ def case_block(case: Record) -> Table:
             Text(f"± {percent:.0f} %", style="yellow" if percent > UNSTEADY else ""),
             f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
             f"{contender['gbs']:.1f}",
-            f"{contender['roof_percent']:.0f} % {contender['roof']}",
+            *(_percent_cell(contender, roof) for roof in ROOFS),
             *ratios,
         )
     return table
+
+
+def _percent_cell(contender: Record, roof: str) -> str:
+    percent = contender["percent_of"].get(roof)
+    return "-" if percent is None else f"{percent:.0f} %"
 
 
 def _title(case: Record) -> str:
@@ -94,7 +101,8 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
         )
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
-        table.add_column("of roof", justify="right", no_wrap=True)
+        for roof in ROOFS:
+            table.add_column(f"of {roof}", justify="right", max_width=5)
         for peer in peers:
             table.add_column(peer, justify="right", max_width=10)
         for case in cases:
@@ -106,10 +114,10 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
 
 def _ratio_cells(mine: Record, case: Record, peers: Sequence[str]) -> list[Text | str]:
     if "ms" not in mine:
-        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), "", *("" for _ in peers)]
+        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (*ROOFS, *peers))]
     ratios = mine["faster_than"]
     found = {contender["name"]: contender["status"] for contender in case["contenders"]}
-    cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", f"{mine['roof_percent']:.0f} %"]
+    cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", *(_percent_cell(mine, roof) for roof in ROOFS)]
     for peer in peers:
         if peer in ratios:
             cells.append(ratio_text(ratios[peer]["median"]))
@@ -121,11 +129,12 @@ def _ratio_cells(mine: Record, case: Record, peers: Sequence[str]) -> list[Text 
 def conditions_lines(run: Record) -> list[str]:
     """Where and how the numbers were taken."""
     env, roof, conditions = run["environment"], run["roof"], run["conditions"]
-    gemm = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof["gemm_gflops"].items())
+    gemm, peak = (", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof[name].items()) for name in ("gemm_gflops", "peak_gflops"))
     return [
         f"machine   {env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}",
         f"versions  tokenops {env['tokenops']} (git {env['git'] or '-'}), torch {env['torch']}, Python {env['python']}; {env['date']}",
-        f"roof      torch GEMM {GEMM}^3 {gemm} GFLOP/s; copy {roof['copy_gbs']:.1f} GB/s (measured in this run)",
+        f"roofs     peak: multiply-adds in registers, {peak or 'not measured'} GFLOP/s; gemm: torch {GEMM}^3, {gemm} GFLOP/s; "
+        f"copy: {roof['copy_gbs']:.1f} GB/s; all measured in this run",
         f"clock     {conditions['clock']}; peers interleaved call by call; median, ± half the interquartile range",
         f"memory    {conditions['memory']}",
     ]
