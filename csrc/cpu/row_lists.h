@@ -1,7 +1,7 @@
 // Index lists as the attention kernels want them: without empty slots, with the slots that stay empty and the rows nobody names.
 #pragma once
 
-#include <numeric>
+#include <algorithm>
 #include <vector>
 
 #include "../tensors.h"
@@ -96,6 +96,8 @@ class RowListTable {
     lists_[turn].count = static_cast<int64_t>(row_.size()) - places_[turn].kept;
     lists_[turn].empties = static_cast<int64_t>(empty_.size()) - places_[turn].empty;
     lists_[turn].rests = 0;
+    lists_[turn].range = lists_[turn].count == 0 || row_.back() - row_[places_[turn].kept] == lists_[turn].count - 1;
+    if (ids) lists_[turn].range &= std::is_sorted(row_.begin() + places_[turn].kept, row_.end());
     return true;
   }
 

@@ -21,6 +21,8 @@ TOKENOPS_ISAS
 
 namespace {
 
+constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
+
 enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
 
 Storage storage_of(const Tensor& t) {
@@ -164,6 +166,15 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   p.out = grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
   p.out_by_row = by_row;
 
+  const int64_t scratch_bytes = loops.forward_scratch(p, call.keys.longest());
+  if (loops.is_short(p, call.queries.longest(), call.keys.longest())) {
+    const int64_t heads = p.sequences * p.query_heads, pieces = std::min<int64_t>(heads, kPiecesPerThread * torch::stable::get_num_threads());
+    const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t i, char* scratch) {
+      loops.forward_short(p, heads * i / pieces, heads * (i + 1) / pieces, scratch);
+    });
+    return done ? kOk : kNoMemory;
+  }
+
   // all blocks of all heads in a row, cut where the work is even; a head that is cut packs its keys twice, so cut few
   struct Head {
     int64_t sequence, kv_head, blocks, cost;  // cost of a block
@@ -177,7 +188,6 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
       heads.push_back({s, h, blocks, p.keys.at(s, h).count + 16});
       before.push_back(before.back() + blocks * heads.back().cost);
     }
-  constexpr int64_t kPiecesPerThread = 4;
   const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), before.back());
   const auto place = [&](int64_t piece) {  // the block that starts a piece: (head, block)
     const int64_t at = static_cast<int64_t>(static_cast<__int128>(before.back()) * piece / pieces);
@@ -185,7 +195,7 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
     return i == static_cast<int64_t>(heads.size()) ? std::pair<int64_t, int64_t>(i, 0)
                                                    : std::pair<int64_t, int64_t>(i, (at - before[i]) / heads[i].cost);
   };
-  const bool done = run_parallel(pieces, loops.forward_scratch(p, call.keys.longest()), [&](int64_t piece, char* scratch) {
+  const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t piece, char* scratch) {
     const auto [first, first_block] = place(piece);
     const auto [last, last_block] = place(piece + 1);
     for (int64_t i = first; i < static_cast<int64_t>(heads.size()) && i <= last; ++i) {

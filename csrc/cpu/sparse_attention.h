@@ -15,6 +15,7 @@ struct RowList {
   const int32_t* slot;   // [count] where each stands in the list as it was given: its row in a compact result
   const int32_t* rank;   // [count] what causal compares: the grid row, or the place within a packed sequence
   int64_t count;
+  bool range;            // rows follow one another without a gap
   const int32_t* empty;  // [empties] slots that name no row
   int64_t empties;
   const int32_t* rest;   // [rests] grid rows that no list names and that this list's owner fills with zeros in a backward pass
@@ -71,6 +72,8 @@ struct SparseAttentionLoops {
   int64_t (*query_blocks)(int64_t queries);                                 // blocks of one query head
   int64_t (*forward_scratch)(const SparseAttention&, int64_t keys);         // bytes, for heads of up to that many keys
   void (*forward)(const SparseAttention&, int64_t sequence, int64_t kv_head, int64_t first_block, int64_t last_block, char* scratch);
+  bool (*is_short)(const SparseAttention&, int64_t queries, int64_t keys);  // heads of up to that many may take the short path:
+  void (*forward_short)(const SparseAttention&, int64_t first_head, int64_t last_head, char* scratch);  // all query heads in a row
   int64_t (*backward_scratch)(const SparseAttention&, int64_t keys);
   void (*backward)(const SparseAttention&, int64_t sequence, int64_t kv_head, int64_t part, int64_t first_key, int64_t last_key,
                    char* scratch);

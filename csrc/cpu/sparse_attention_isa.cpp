@@ -114,13 +114,13 @@ const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h
 
 // S^T of one tile of keys in units of log2
 template <class Dot, int V>
-TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t scalars, const typename Dot::Scalar* query_lanes, float scale,
+TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes, float scale,
                                 const float* bias, const float* added, VecF<L> (&s)[kTileRows][V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) s[r][v] = VecF<L>{};
-  multiply_tile<Dot, L, kTileRows, V>(keys, scalars, 1, query_lanes, V * L, scalars, s);
+  multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s);
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -150,6 +150,15 @@ TOKENOPS_INLINE void store_steps(typename Dot::Scalar* to, const VecF<L> (&x)[kT
         store_bits(to + (r / 2 * V + v) * L, interleave_bf16(x[r][v], x[r + 1][v]));
 }
 
+// the denominator sums the weights of a tile as the product will read them, rounded if they are
+template <class Dot, int V>
+TOKENOPS_INLINE void add_weights(VecF<L> (&total)[V], const typename Dot::Scalar* tile) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows / Dot::kPerScalar; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) total[v] = Dot::template multiply_add<L>(Dot::kOne, load_bits<VecF<L>>(tile + (r * V + v) * L), total[v]);
+}
+
 // a tile as the broadcast side of a product over its lanes: to[key][lane / kPerScalar]
 template <class Dot, int V>
 TOKENOPS_INLINE void store_rows(typename Dot::Scalar* to, const VecF<L> (&x)[kTileRows][V]) {
@@ -161,6 +170,24 @@ TOKENOPS_INLINE void store_rows(typename Dot::Scalar* to, const VecF<L> (&x)[kTi
         store<L>(to + (r * V + v) * L, x[r][v]);
       else
         store_bits(to + (r * V + v) * L / 2, to_bf16<L>(x[r][v]));
+}
+
+// lse and row_sq of queries [first, last) from their running maximum and sums; 1 / sum, or 0 for a row without visible keys
+template <int V>
+TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64_t h, const RowList& queries, int64_t first, int64_t last,
+                                      const VecF<L> (&top)[V], const VecF<L> (&total)[V], const VecF<L> (&squares)[V], float* inverse) {
+  float lse[V * L], row_sq[V * L];
+  for (int v = 0; v < V; ++v) {
+    const VecF<L> by = total[v] == 0.f ? VecF<L>{} : 1.f / total[v];
+    store<L>(inverse + v * L, by);
+    store<L>(lse + v * L, total[v] == 0.f ? splat<L>(-kInfinity) : (top[v] + log2(total[v])) * kLn2);
+    store<L>(row_sq + v * L, squares[v] * by * by);
+  }
+  const int64_t at = s * p.stat_sequence + h * p.stat_head;
+  const int32_t* slot = queries.slot + first;
+  for (int64_t i = 0; i < last - first; ++i) p.lse[at + slot[i]] = lse[i];
+  if (p.row_sq)
+    for (int64_t i = 0; i < last - first; ++i) p.row_sq[at + slot[i]] = row_sq[i];
 }
 
 // calls f with the number of vectors as a constant
@@ -240,7 +267,7 @@ struct ForwardBlock {
       };
       for (int64_t j = 0; j < size; j += kTileRows) {
         VecF<L> x[kTileRows][V];
-        logit_tile<Dot, V>(panel.rows + (block + j) * scalars, scalars, query, scale, bias ? bias + block + j : nullptr,
+        logit_tile<Dot, V>(panel.rows + (block + j) * scalars, scalars, scalars, query, scale, bias ? bias + block + j : nullptr,
                            visible == Visible::partly ? added + j * lanes : nullptr, x);
         VecF<L> high[V];
         bool grown = false;
@@ -267,12 +294,7 @@ struct ForwardBlock {
           for (int v = 0; v < V; ++v) x[r][v] = exp2<L, Dot::kExpDegree>(x[r][v] - top[v]);
         Scalar* tile = weights + j / Dot::kPerScalar * lanes;
         store_steps<Dot, V>(tile, x);
-        // the denominator sums the weights as the product will read them, rounded if they are
-#pragma GCC unroll 8
-        for (int r = 0; r < kTileRows / Dot::kPerScalar; ++r)
-#pragma GCC unroll 3
-          for (int v = 0; v < V; ++v)
-            total[v] = Dot::template multiply_add<L>(Dot::kOne, load_bits<VecF<L>>(tile + (r * V + v) * L), total[v]);
+        add_weights<Dot, V>(total, tile);
         if (want_squares)
           for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -281,21 +303,10 @@ struct ForwardBlock {
       flush(size);
     }
 
-    float inverse[lanes], lse[lanes], row_sq[lanes];
-    for (int v = 0; v < V; ++v) {
-      const VecF<L> none = splat<L>(0.f), by = total[v] == 0.f ? none : 1.f / total[v];
-      store<L>(inverse + v * L, by);
-      store<L>(lse + v * L, total[v] == 0.f ? splat<L>(-kInfinity) : (top[v] + log2(total[v])) * kLn2);
-      store<L>(row_sq + v * L, squares[v] * by * by);
-    }
-    const int32_t* slot = queries.slot + first;
-    unpack_lanes(head_of<T>(p.out, s, h), p.out.row, p.out_by_row ? queries.row + first : slot, last - first, sums, V, inverse,
+    float inverse[lanes];
+    write_statistics<V>(p, s, h, queries, first, last, top, total, squares, inverse);
+    unpack_lanes(head_of<T>(p.out, s, h), p.out.row, (p.out_by_row ? queries.row : queries.slot) + first, last - first, sums, V, inverse,
                  p.value_width);
-    for (int64_t i = 0; i < last - first; ++i) {
-      const int64_t at = s * p.stat_sequence + h * p.stat_head + slot[i];
-      p.lse[at] = lse[i];
-      if (want_squares) p.row_sq[at] = row_sq[i];
-    }
   }
 };
 
@@ -327,11 +338,127 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
   });
 }
 
+// ---- forward of short sequences: up to 32 queries and keys, thousands of heads ----
+//
+// A head stays in L1 and registers: one softmax over all its logits, no lazy maximum, no transpose of the result (P is the
+// broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
+
+constexpr int64_t kShort = 32;
+
+bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
+  return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
+}
+
+template <class T, class Dot, int V>
+struct ShortHead {
+  typedef typename Dot::Scalar Scalar;
+  static constexpr int lanes = V * L;
+  Scalar *query, *key_rows, *value_steps, *weights;  // [D / kPerScalar][lane], [key][D / kPerScalar], [key / kPerScalar][Dv], ...
+  float *logits, *bias;                              // [key][lane], [key]
+
+  ShortHead(Arena arena, const SparseAttention& p) { take(arena, p); }
+  void take(Arena& arena, const SparseAttention& p) {
+    query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
+    key_rows = arena.take<Scalar>(kShort * p.width / Dot::kPerScalar);
+    value_steps = arena.take<Scalar>(kShort / Dot::kPerScalar * round_up(p.value_width, L));
+    weights = arena.take<Scalar>(kShort / Dot::kPerScalar * lanes);
+    logits = arena.take<float>(kShort * lanes);
+    bias = arena.take<float>(kShort);
+  }
+
+  void run(const SparseAttention& p, int64_t s, int64_t h) {
+    const int64_t kv_head = h / p.group();
+    const RowList &queries = p.queries.at(s, h), &keys = p.keys.at(s, kv_head);
+    const int64_t scalars = p.width / Dot::kPerScalar, count = queries.count, padded = round_up(keys.count, kTileRows);
+    const float scale = p.scale * kLog2e;
+    pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row, count), p.width);
+
+    const Rows<T> k_rows = rows_of<T>(p.key, s, kv_head, keys.row, keys.count), v_rows = rows_of<T>(p.value, s, kv_head, keys.row, keys.count);
+    // a range of floats is read where it stands, unless the last tile would read past its end
+    const bool in_place = std::is_same<T, float>::value && keys.range && keys.count == padded && keys.count;
+    const Scalar *k_data = key_rows, *v_data = value_steps;
+    int64_t k_step = scalars, v_step = round_up(p.value_width, L);
+    if (in_place) {
+      k_data = (const Scalar*)(const void*)k_rows.at(0);
+      k_step = k_rows.stride;
+    } else {
+      pack_rows<Dot>(key_rows, scalars, k_rows, padded, p.width);
+    }
+    if (in_place && p.value_width % L == 0) {
+      v_data = (const Scalar*)(const void*)v_rows.at(0);
+      v_step = v_rows.stride;
+    } else {
+      pack_steps<Dot>(value_steps, v_step, v_rows, padded, p.value_width);
+    }
+    const float* added = pack_bias(bias, p, s, kv_head, keys.row, keys.count, padded);
+
+    VecF<L> top[V], total[V], squares[V];
+    for (int v = 0; v < V; ++v) top[v] = splat<L>(kLowest), total[v] = squares[v] = VecF<L>{};
+    for (int64_t j = 0; j < padded; j += kTileRows) {
+      VecF<L> x[kTileRows][V];
+      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) {
+          top[v] = max(top[v], x[r][v]);
+          store<L>(logits + ((j + r) * V + v) * L, x[r][v]);
+        }
+    }
+    for (int64_t j = 0; j < padded; j += kTileRows) {
+      VecF<L> x[kTileRows][V];
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) {
+          x[r][v] = exp2<L, Dot::kExpDegree>(load<L>(logits + ((j + r) * V + v) * L) - top[v]);
+          if (p.row_sq) squares[v] += x[r][v] * x[r][v];
+        }
+      Scalar* tile = weights + j / Dot::kPerScalar * lanes;
+      store_steps<Dot, V>(tile, x);
+      add_weights<Dot, V>(total, tile);
+    }
+    float inverse[lanes];
+    write_statistics<V>(p, s, h, queries, 0, count, top, total, squares, inverse);
+
+    T* to = head_of<T>(p.out, s, h);
+    const int32_t* place = p.out_by_row ? queries.row : queries.slot;
+    const int64_t vectors = round_up(p.value_width, L) / L, steps = padded / Dot::kPerScalar;
+    for (int64_t i = 0; i < count; i += kTileRows)
+      for (int64_t c = 0; c < vectors; c += 2)
+        with_vectors(smaller(2, vectors - c), [&](auto n) {
+          constexpr int W = decltype(n)::value;
+          VecF<L> sums[kTileRows][W] = {};
+          multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums);
+          for (int r = 0; r < smaller(kTileRows, count - i); ++r)
+            for (int w = 0; w < W; ++w) {
+              const int64_t column = (c + w) * L, left = p.value_width - column;
+              T* at = to + place[i + r] * p.out.row + column;
+              const VecF<L> result = sums[r][w] * inverse[i + r];
+              left >= L ? store<L>(at, result) : store_first<L>(at, result, left);
+            }
+        });
+    forward_empty_slots<T>(p, s, h);
+  }
+};
+
+template <class T, class Dot>
+void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t s = i / p.query_heads, h = i % p.query_heads;
+    const int64_t vectors = query_vectors(p.queries.at(s, h).count);
+    with_vectors(vectors ? vectors : 1, [&](auto vectors) {
+      ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h);
+    });
+  }
+}
+
 template <class T, class Dot>
 int64_t forward_bytes(const SparseAttention& p, int64_t keys) {
   Arena arena{nullptr};
   ForwardKeys<Dot>(arena, p, keys);
   ForwardBlock<T, Dot, kTileVectors>(arena, p).take(arena, p);
+  ShortHead<T, Dot, kTileVectors>(arena, p).take(arena, p);
   return arena.used;
 }
 
@@ -421,7 +548,7 @@ struct BackwardBlock {
       if (visible == Visible::nothing) continue;
       for (int64_t j = 0; j < size; j += kTileRows) {
         VecF<L> x[kTileRows][V], slope[kTileRows][V];
-        logit_tile<Dot, V>(panel.rows + (block + j) * scalars, scalars, query, scale, bias ? bias + block + j : nullptr,
+        logit_tile<Dot, V>(panel.rows + (block + j) * scalars, scalars, scalars, query, scale, bias ? bias + block + j : nullptr,
                            visible == Visible::partly ? added + j * lanes : nullptr, x);
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r)
@@ -559,6 +686,11 @@ int64_t forward_scratch(const SparseAttention& p, int64_t keys) {
                       (forward_bytes<f16, FloatDot>(p, keys)))
   return 0;
 }
+void forward_short(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
+  TOKENOPS_BY_STORAGE((forward_short_heads<float, FloatDot>(p, first, last, scratch)),
+                      (forward_short_heads<bf16, DotOfBf16>(p, first, last, scratch)),
+                      (forward_short_heads<f16, FloatDot>(p, first, last, scratch)))
+}
 void backward(const SparseAttention& p, int64_t s, int64_t h, int64_t part, int64_t first_key, int64_t last_key, char* scratch) {
   TOKENOPS_BY_STORAGE((backward_head<float, FloatDot>(p, s, h, part, first_key, last_key, scratch)),
                       (backward_head<bf16, DotOfBf16>(p, s, h, part, first_key, last_key, scratch)),
@@ -577,7 +709,7 @@ void sum_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
 }  // namespace
 
 const SparseAttentionLoops& sparse_attention() {
-  static constexpr SparseAttentionLoops loops{query_blocks, forward_scratch, forward, backward_scratch, backward, sum_parts};
+  static constexpr SparseAttentionLoops loops{query_blocks, forward_scratch, forward, is_short, forward_short, backward_scratch, backward, sum_parts};
   return loops;
 }
 

@@ -225,7 +225,7 @@ TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
   VecF<L> n;
 #if defined(__AVX512F__)
   if constexpr (L == 16) {
-    x = (VecF<L>)_mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
+    x = (VecF<L>)_mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)x);
     n = (VecF<L>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   } else
 #endif
