@@ -6,7 +6,6 @@ import fnmatch
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +36,8 @@ BUDGET = {"quick": 2.0, "full": 6.0}
 # what a table needs where the output is no terminal with a width of its own
 PLAIN_WIDTH = 132
 
+OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
+
 
 def console() -> Console:
     out = Console(highlight=False)
@@ -51,18 +52,20 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("rooms", nargs=-1, metavar="[ROOM]...")
-@click.option("--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: some two minutes; full: every case.")
-@click.option("--case", "patterns", multiple=True, metavar="TEXT", help="Only cases whose id is, contains or (with * ?) matches TEXT. Repeatable.")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(harness.DTYPES)), help="This one instead of the preset's. Repeatable.")
+@click.option("--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: two minutes; full: every case.")
+@click.option(
+    "--case", "patterns", multiple=True, metavar="TEXT", help="Only cases whose id is, contains or matches (* ?) TEXT; repeatable."
+)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(harness.DTYPES)), help="Instead of the preset's; repeatable.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for every contender.  [default: torch's own]")
-@click.option("--backend", "backends", multiple=True, metavar="NAME", help="Ours by this backend, not by its own choice; see 'tokenops info'. Repeatable.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every contender.  [default: torch's own]")
+@click.option("--backend", "backends", multiple=True, metavar="NAME", help="Ours by this backend (see 'tokenops info'); repeatable.")
 @click.option("--isa", type=click.Choice(list(allocator.ISA_VARIABLES)), help="Hold every contender to these CPU instructions, peers too.")
-@click.option("--video", "video_path", type=click.Path(), help="Video for the video cases.  [default: an excerpt of Big Buck Bunny]")
+@click.option("--video", "video_path", type=click.Path(), help="For the video cases.  [default: an excerpt of Big Buck Bunny]")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 2 quick, 6 full]")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write every number and the environment here.")
-@click.option("--chart", "chart_path", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Draw the ratios here (PNG, PDF or SVG).")
-@click.option("--dry-run", is_flag=True, help="List cases and who would take part or why not; time nothing.")
+@click.option("--json", "json_path", type=OUTPUT, help="Write every number and the environment here.")
+@click.option("--chart", "chart_path", type=OUTPUT, help="Draw the ratios here (PNG, PDF or SVG).")
+@click.option("--dry-run", is_flag=True, help="List cases and who would take part, or why not; time nothing.")
 def bench(
     rooms: tuple[str, ...],
     preset: str,
@@ -191,7 +194,9 @@ def _print_dry(out: Console, room: str, case: Case, trial: harness.Trial) -> Non
         out.print(f"  {name:24}  {verdict}", soft_wrap=True)
 
 
-def _run(out: Console, modules: dict[str, ModuleType], chosen: list[tuple[str, Case]], request: Request, seconds: float, shared: str) -> Record:
+def _run(
+    out: Console, modules: dict[str, ModuleType], chosen: Sequence[tuple[str, Case]], request: Request, seconds: float, shared: str
+) -> Record:
     clock = harness.clock_for(request.device)
     threads = torch.get_num_threads()
     touched = allocator.touch_pool()
@@ -201,19 +206,17 @@ def _run(out: Console, modules: dict[str, ModuleType], chosen: list[tuple[str, C
     run = record.run_record(env, roof, conditions, shlex.join(["tokenops", *sys.argv[1:]]), [])
     for line in table.conditions_lines(run):
         out.print(line, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # a bar that redraws itself is for eyes, not for log files
-    with Progress(*columns, console=out, transient=True) if out.is_terminal else nullcontext() as progress:
-        bar = progress.add_task("", total=len(chosen)) if progress else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        bar = progress.add_task("", total=len(chosen))
         for room, case in chosen:
-            if progress:
-                progress.update(bar, description=case_id(case))
+            progress.update(bar, description=case_id(case))
             trial = modules[room].prepare(case, request)
             measured = harness.measure(trial, case.dtype, clock, seconds, threads)
             run["cases"].append(record.case_record(room, case, trial, measured, roof, _case_repro(room, case, shared)))
             table.print_case(out, run["cases"][-1])
-            if progress:
-                progress.advance(bar)
+            progress.advance(bar)
     _print_summary(out, run)
     return run
 

@@ -22,6 +22,7 @@ def draw(run: Record, path: Path) -> None:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.lines import Line2D
         from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
     except ImportError:
         raise ChartError("--chart needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
@@ -60,13 +61,14 @@ def draw(run: Record, path: Path) -> None:
         axes.spines[side].set_visible(False)
     axes.set_xlabel("ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5)
     handles = [
-        plt.Line2D([], [], linestyle="", marker=mark, color=colour, markersize=6, markeredgecolor="white", label=peer)
+        Line2D([], [], linestyle="", marker=mark, color=colour, markersize=6, markeredgecolor="white", label=peer)
         for peer, (colour, mark) in style.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=8.5, handletextpad=0.2)
     env = run["environment"]
     place = env["cpu"] if env["device"] == "cpu" else env["device"]
-    figure.suptitle(f"{name}: times faster than ...  ({place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]})", fontsize=10)
+    conditions = f"{place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
+    figure.suptitle(f"{name}: times faster than ...  ({conditions})", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

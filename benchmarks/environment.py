@@ -19,7 +19,10 @@ from .allocator import ISA_VARIABLES, MARKER, THRESHOLDS
 PACKAGES = ("torch", "triton", "numpy", "av", "matplotlib")
 
 # of the many CPU flags, those that kernels here or in torch ask for
-CPU_FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
+CPU_FLAGS = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16"),
+)
 
 VARIABLES = (
     *THRESHOLDS,
@@ -44,6 +47,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "restarted": MARKER in os.environ,
         "tokenops": tokenops.__version__,

@@ -128,7 +128,7 @@ class CpuClock:
 
     conditions = "wall clock, caches as the previous contender left them"
 
-    def time(self, call: Callable[[], Results]) -> float:
+    def time(self, call: Callable[[], object]) -> float:
         start = time.perf_counter_ns()
         results = call()
         seconds = (time.perf_counter_ns() - start) * 1e-9
@@ -147,7 +147,7 @@ class CudaClock:
         self.flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
         self.device = device
 
-    def time(self, call: Callable[[], Results]) -> float:
+    def time(self, call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
         start.record()
@@ -270,7 +270,7 @@ def _unsteady(samples: Mapping[str, Sequence[float | None]]) -> bool:
 
 
 def _ratio(peer: Sequence[float | None], ours: Sequence[float | None]) -> Spread:
-    """How many times longer the peer takes: ratio of the medians over the rounds of both, with the quartiles of the ratios round by round."""
+    """How many times longer the peer takes: ratio of the medians over the rounds of both, and the quartiles of the rounds' ratios."""
     pairs = [(theirs, mine) for theirs, mine in zip(peer, ours, strict=True) if theirs is not None and mine is not None]
     by_round = Spread.of([theirs / mine for theirs, mine in pairs])
     theirs, mine = (Spread.of(samples) for samples in zip(*pairs, strict=True))

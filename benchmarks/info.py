@@ -26,7 +26,10 @@ def build_record(library: str) -> dict[str, Any] | None:
 
 def print_info(out: Console, rooms: list[ModuleType]) -> None:
     env = environment()
-    _section(out, "versions", {"tokenops": f"{env['tokenops']} (git {env['git'] or '-'})", "Python": env["python"], **{n: env[n] or "not installed" for n in PACKAGES}})
+    versions = {"tokenops": f"{env['tokenops']} (git {env['git'] or '-'})", "Python": env["python"]}
+    _section(out, "versions", {**versions, **{name: env[name] or "not installed" for name in PACKAGES}})
+    isas = native.cpu_isas()
+    has_gpu = torch.cuda.is_available()
     _section(
         out,
         "machine",
@@ -34,14 +37,14 @@ def print_info(out: Console, rooms: list[ModuleType]) -> None:
             "cpu": f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads in use",
             "cpu flags": " ".join(env["cpu_flags"]) or "-",
             "torch runs": env["torch_isa"],
-            "tokenops runs": f"{native.default_cpu_isa()} (has {', '.join(native.cpu_isas())})" if native.cpu_isas() else "no C++ kernels",
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else f"no device (torch built for CUDA: {torch.version.cuda})",
-            **{name: value for name, value in env["variables"].items()},
+            "tokenops runs": f"{native.default_cpu_isa()} (has {', '.join(isas)})" if isas else "no C++ kernels",
+            "gpu": torch.cuda.get_device_name() if has_gpu else f"no device (torch built for CUDA: {torch.version.cuda})",
+            **env["variables"],
         },
     )
     for library, absent in LIBRARIES.items():
         _section(out, library, {"state": absent or "loaded", **(build_record(library) or {})})
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
     for room in rooms:
         name = room.__name__.rpartition(".")[2]
         for device in devices:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from tokenops import native
 
-from .harness import DTYPES, Clock, Cost, Results
+from .harness import DTYPES, Clock, Cost
 
 GEMM = 2048  # rows, columns and depth
 COPY = 256 << 20  # bytes read, and as many written: far beyond any cache
@@ -41,27 +42,26 @@ def measure_roof(device: str, dtypes: set[str], clock: Clock, seconds: float = 0
     gemm, peak = {}, {}
     for dtype in sorted(dtypes):
         a, b, c = (torch.ones(GEMM, GEMM, dtype=DTYPES[dtype], device=device) for _ in range(3))
-        gemm[dtype] = 2 * GEMM**3 / _best(lambda a=a, b=b, c=c: (torch.mm(a, b, out=c),), clock, seconds)
+        gemm[dtype] = 2 * GEMM**3 / _best(partial(torch.mm, a, b, out=c), clock, seconds)
         if torch.device(device).type == "cpu" and not native.CPU_ABSENT:
             peak[dtype] = _multiply_add_peak(dtype, clock, seconds)
     source = torch.ones(COPY, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Roof(2 * COPY / _best(lambda: (target.copy_(source),), clock, seconds), gemm, peak)
+    return Roof(2 * COPY / _best(partial(target.copy_, source), clock, seconds), gemm, peak)
 
 
 def _multiply_add_peak(dtype: str, clock: Clock, seconds: float) -> float:
     flops = 0
 
-    def call() -> Results:
+    def call() -> None:
         nonlocal flops
         flops = torch.ops.tokenops.cpu_multiply_add(STEPS, dtype == "bf16", native.default_cpu_isa())
-        return ()
 
     best = _best(call, clock, seconds)
     return flops / best
 
 
-def _best(call: Callable[[], Results], clock: Clock, seconds: float) -> float:
+def _best(call: Callable[[], object], clock: Clock, seconds: float) -> float:
     stop = time.monotonic() + seconds
     best = clock.time(call)
     while time.monotonic() < stop:

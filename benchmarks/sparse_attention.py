@@ -7,6 +7,7 @@ given (the grid and an index, or rows compacted beforehand) and in what they may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     batch: int
     tokens: int  # N, of the grid
     kept: int | tuple[int, ...] | None  # K; one number per sample if ragged; None: no index
-    index: str = "shared"  # one list for all | "sample": one each | "video": by frame difference | "none"
+    lists: str = "shared"  # one list for all | "sample": one each | "video": by frame difference | "none"
     heads: int = 12
     width: int = 64  # D
     bias: bool = False  # log sizes of merged tokens, added to the logits of each key
@@ -48,9 +49,7 @@ def _cases() -> Iterator[Case]:
                 yield case._replace(dtype=dtype, direction=direction, quick=in_quick)
 
     # real input first: eight clips of 8 frames, 224 x 224, cut into 16 x 16 patches, and a class token
-    yield from each(
-        Case("video-B8-N1569-K392", 8, video.TOKENS, 392, "video"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"]
-    )
+    yield from each(Case("video-B8-N1569-K392", 8, video.TOKENS, 392, "video"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
     yield from each(Case("video-B8-N1569-ragged", 8, video.TOKENS, (), "video"), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
     yield from each(Case("B1-N1569-K784", 1, 1569, 784), ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
     yield from each(Case("B8-N1569-K392", 8, 1569, 392), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
@@ -77,7 +76,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [B, H, N, D]
     key: Tensor
     value: Tensor
-    index: Tensor | None  # [K] | [B, K] int32, -1 at the end of short lists
+    token_index: Tensor | None  # [K] | [B, K] int32, -1 at the end of short lists
     bias: Tensor | None  # [B, N] float32
     grad_out: Tensor  # [B, H, K, D], 0 in empty slots
 
@@ -89,9 +88,9 @@ class Inputs(NamedTuple):
     def counts(self) -> list[int]:
         """Kept tokens of each sample."""
         batch, tokens = self.query.shape[0], self.query.shape[2]
-        if self.index is None:
+        if self.token_index is None:
             return [tokens] * batch
-        return (self.index >= 0).sum(-1).expand(batch).tolist()
+        return (self.token_index >= 0).sum(-1).expand(batch).tolist()
 
     @property
     def ragged(self) -> bool:
@@ -102,11 +101,13 @@ def make_inputs(case: Case, request: Request) -> Inputs:
     """The same numbers for every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.heads, case.tokens, case.width)
-    if case.index == "video":
+    if case.lists == "video":
         if request.video is None:
             raise ValueError(f"{case.name} needs a video, got none")
         tokens = request.video(case.batch)
-        index = video.changed_more_than(tokens.change, CHANGE) if case.kept == () else video.most_changed(tokens.change, case.kept)
+        index: Tensor | None = video.changed_more_than(tokens.change, CHANGE)
+        if isinstance(case.kept, int):
+            index = video.most_changed(tokens.change, case.kept)
         grids = _project(tokens.patches, shape, generator)
     else:
         index = _random_index(case, generator)
@@ -117,8 +118,11 @@ def make_inputs(case: Case, request: Request) -> Inputs:
         grad_out.masked_fill_((index < 0).expand(case.batch, slots)[:, None, :, None], 0)
     bias = torch.randint(1, 5, (case.batch, case.tokens), generator=generator).float().log() if case.bias else None
     device, dtype = request.device, DTYPES[case.dtype]
+    query, key, value = (grid.to(device, dtype) for grid in grids)
     return Inputs(
-        *(grid.to(device, dtype) for grid in grids),
+        query,
+        key,
+        value,
         None if index is None else index.to(device),
         None if bias is None else bias.to(device),
         grad_out.to(device, dtype),
@@ -126,7 +130,7 @@ def make_inputs(case: Case, request: Request) -> Inputs:
 
 
 def _project(patches: Tensor, shape: tuple[int, int, int, int], generator: torch.Generator) -> list[Tensor]:
-    """q, k, v as a first layer makes them, with random weights, in the memory order of a linear layer: [B, N, H, D] seen as [B, H, N, D]."""
+    """q, k, v as a first layer makes them, with random weights, in a linear layer's memory order: [B, N, H, D] seen as [B, H, N, D]."""
     batch, heads, _, width = shape
     pixels = (patches - patches.mean()) / patches.std()
     class_token = torch.randn(1, 1, pixels.shape[2], generator=generator).expand(batch, -1, -1)
@@ -139,10 +143,10 @@ def _random_index(case: Case, generator: torch.Generator) -> Tensor | None:
     if case.kept is None:
         return None
     if isinstance(case.kept, int):
-        lists = 1 if case.index == "shared" else case.batch
+        lists = 1 if case.lists == "shared" else case.batch
         order = torch.rand(lists, case.tokens, generator=generator).argsort(1)
         index = order[:, : case.kept].sort(1).values.int()
-        return index[0] if case.index == "shared" else index
+        return index[0] if case.lists == "shared" else index
     index = torch.full((case.batch, max(case.kept)), -1, dtype=torch.int32)
     for sample, count in zip(index, case.kept, strict=True):
         sample[:count] = torch.randperm(case.tokens, generator=generator)[:count].sort().values
@@ -166,7 +170,7 @@ def prepare(case: Case, request: Request) -> Trial:
 
 
 def _problem(inputs: Inputs) -> AttentionProblem:
-    return as_problem(*inputs.grids, q_index=inputs.index, kv_index=inputs.index, kv_bias=inputs.bias)[0]
+    return as_problem(*inputs.grids, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias)[0]
 
 
 def _needs(differentiate: bool) -> tuple[str, ...]:
@@ -187,24 +191,26 @@ def _expected(inputs: Inputs, differentiate: bool) -> Results:
     """The definition in float64, sample by sample to bound the memory."""
     samples = []
     for b in range(len(inputs.query)):
-        index = inputs.index if inputs.index is None or inputs.index.dim() == 1 else inputs.index[b : b + 1]
+        index = inputs.token_index if inputs.token_index is None or inputs.token_index.dim() == 1 else inputs.token_index[b : b + 1]
         problem = _problem(
             inputs._replace(
                 query=inputs.query[b : b + 1].double(),
                 key=inputs.key[b : b + 1].double(),
                 value=inputs.value[b : b + 1].double(),
-                index=index,
+                token_index=index,
                 bias=None if inputs.bias is None else inputs.bias[b : b + 1].double(),
             )
         )
         results = [reference.attention(problem).out]
         if differentiate:
-            results += reference.gradients(problem, inputs.grad_out[b : b + 1].double())[:3]
+            gradients = reference.gradients(problem, inputs.grad_out[b : b + 1].double())
+            results += [grad for grad in (gradients.query, gradients.key, gradients.value) if grad is not None]
         samples.append(results)
     return tuple(torch.cat(result) for result in zip(*samples, strict=True))
 
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor | list[Tensor]]
+# of q, k, v (or of as many compact pieces) to one tensor (or one for each sample)
+Attention = Callable[..., Any]
 
 
 def _bind(attention: Attention, grids: Sequence[Tensor], grads: Tensor | list[Tensor], differentiate: bool) -> Callable[[], Results]:
@@ -227,7 +233,7 @@ def _bind(attention: Attention, grids: Sequence[Tensor], grads: Tensor | list[Te
 def _contenders(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
     differentiate = case.direction == "fwd+bwd"
     yield from _ours(case, inputs, request)
-    if inputs.index is None:
+    if inputs.token_index is None:
         yield Contender("SDPA", _bind(F.scaled_dot_product_attention, inputs.grids, inputs.grad_out, differentiate))
         if case.tokens <= 32:
             yield Contender("matmul + softmax", _bind(_matmul_softmax, inputs.grids, inputs.grad_out, differentiate))
@@ -244,11 +250,9 @@ def _ours(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
     differentiate = case.direction == "fwd+bwd"
 
     def run(backend: str | None) -> Callable[[], Results]:
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return tokenops.sparse_attention(
-                query, key, value, q_index=inputs.index, kv_index=inputs.index, kv_bias=inputs.bias, backend=backend
-            )
-
+        attention = partial(
+            tokenops.sparse_attention, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias, backend=backend
+        )
         return _bind(attention, inputs.grids, inputs.grad_out, differentiate)
 
     problem = _problem(inputs)
@@ -289,32 +293,36 @@ def _gather_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
 
 
 def _kept_bias(inputs: Inputs) -> Tensor | None:
-    if inputs.bias is None or inputs.index is None:
+    if inputs.bias is None or inputs.token_index is None:
         return None
-    return inputs.bias.gather(1, inputs.index.expand(len(inputs.bias), -1).long())[:, None, None, :].to(inputs.query.dtype)
+    return inputs.bias.gather(1, inputs.token_index.expand(len(inputs.bias), -1).long())[:, None, None, :].to(inputs.query.dtype)
 
 
 def _row_taker(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """The fastest gather that torch offers for this index and layout. Row numbers are made beforehand, as they serve a whole layer or more."""
-    assert inputs.index is not None
+    """The fastest gather that torch offers for this index and layout. Row numbers are made beforehand, as they serve many layers."""
+    assert inputs.token_index is not None
     batch, heads, tokens, width = inputs.query.shape
-    if inputs.index.dim() == 1:
-        shared = inputs.index.long()
+    if inputs.token_index.dim() == 1:
+        shared = inputs.token_index.long()
         return lambda grid: grid.index_select(2, shared)
     # one list per sample: copies of whole rows beat torch.gather by 5 to 10 times
-    kept = inputs.index.shape[1]
-    sample = torch.arange(batch, device=inputs.index.device)
+    kept = inputs.token_index.shape[1]
+    sample = torch.arange(batch, device=inputs.token_index.device)
     if inputs.query.is_contiguous():
-        first = torch.arange(batch * heads, device=inputs.index.device).view(batch, heads, 1) * tokens
-        rows = (first + inputs.index[:, None, :]).flatten()
+        first = torch.arange(batch * heads, device=inputs.token_index.device).view(batch, heads, 1) * tokens
+        rows = (first + inputs.token_index[:, None, :]).flatten()
         return lambda grid: grid.reshape(-1, width).index_select(0, rows).view(batch, heads, kept, width)
-    rows = (sample[:, None] * tokens + inputs.index).flatten()
-    return lambda grid: grid.transpose(1, 2).reshape(-1, heads * width).index_select(0, rows).view(batch, kept, heads, width).transpose(1, 2)
+    rows = (sample[:, None] * tokens + inputs.token_index).flatten()
+
+    def take(grid: Tensor) -> Tensor:
+        return grid.transpose(1, 2).reshape(-1, heads * width).index_select(0, rows).view(batch, kept, heads, width).transpose(1, 2)
+
+    return take
 
 
 def _spread(rows: Tensor, inputs: Inputs) -> Tensor:
     """Compact rows [B, H, K, D] back to the grid, zero elsewhere. Not timed."""
-    assert inputs.index is not None
+    assert inputs.token_index is not None
     grid = rows.new_zeros(inputs.query.shape)
     for b, count in enumerate(inputs.counts):
         grid[b, :, _kept_rows(inputs, b)] = rows[b, :, :count]
@@ -322,17 +330,17 @@ def _spread(rows: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _kept_rows(inputs: Inputs, b: int) -> Tensor:  # [K of sample b] int64
-    assert inputs.index is not None
-    index = inputs.index if inputs.index.dim() == 1 else inputs.index[b]
+    assert inputs.token_index is not None
+    index = inputs.token_index if inputs.token_index.dim() == 1 else inputs.token_index[b]
     return index[index >= 0].long()
 
 
 def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
     """Every sample keeps another number of tokens: pad and mask, or one call per sample."""
-    assert inputs.index is not None
-    slots = inputs.index.shape[1]
-    filled = inputs.index >= 0
-    take = _row_taker(inputs._replace(index=inputs.index.clamp(min=0)))
+    assert inputs.token_index is not None
+    slots = inputs.token_index.shape[1]
+    filled = inputs.token_index >= 0
+    take = _row_taker(inputs._replace(token_index=inputs.token_index.clamp(min=0)))
     rows = [_kept_rows(inputs, b) for b in range(len(inputs.query))]
 
     def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -345,14 +353,21 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         grids = (query, key, value)
-        return [F.scaled_dot_product_attention(*(grid[b : b + 1].index_select(2, kept) for grid in grids)) for b, kept in enumerate(rows)]
+        out = []
+        for b, kept in enumerate(rows):
+            q, k, v = (grid[b : b + 1].index_select(2, kept) for grid in grids)
+            out.append(F.scaled_dot_product_attention(q, k, v))
+        return out
 
-    def pad(results: Results) -> Results:
-        out, grads = results[: len(rows)], results[len(rows) :]
-        return (torch.cat([F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in out]), *grads)
+    def join(parts: Results) -> Tensor:
+        """[B, H, K, D] from one [1, H, kept, D] for each sample."""
+        return torch.cat([F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in parts])
+
+    def join_out(results: Results) -> Results:
+        return (join(results[: len(rows)]), *results[len(rows) :])
 
     grads = [inputs.grad_out[b : b + 1, :, : len(kept)] for b, kept in enumerate(rows)]
-    yield Contender("loop of SDPA", _bind(one_by_one, inputs.grids, grads, differentiate), canonical=pad)
+    yield Contender("loop of SDPA", _bind(one_by_one, inputs.grids, grads, differentiate), canonical=join_out)
 
     compact = [grid[b : b + 1].index_select(2, kept).contiguous() for grid in inputs.grids for b, kept in enumerate(rows)]
 
@@ -360,22 +375,21 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
         n = len(rows)
         return [F.scaled_dot_product_attention(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
 
-    def spread(results: Results) -> Results:
-        n = len(rows)
-        out, *grads = (torch.cat([F.pad(x, (0, 0, 0, slots - x.shape[2])) for x in results[at : at + n]]) for at in range(0, len(results), n))
+    def join_and_spread(results: Results) -> Results:
+        out, *grads = (join(results[at : at + len(rows)]) for at in range(0, len(results), len(rows)))
         return (out, *(_spread(grad, inputs) for grad in grads))
 
     yield Contender(
         "compact once",
         _bind(compact_loop, compact, grads, differentiate),
-        canonical=spread,
+        canonical=join_and_spread,
         note="loop of SDPA over rows compacted beforehand: neither the gather nor the way back to the grid is timed",
     )
 
 
 def _masked_peer(inputs: Inputs, differentiate: bool) -> Contender:
     """Tokens stay where they are; the dropped ones are hidden as keys, and computed as queries for nothing."""
-    assert inputs.index is not None
+    assert inputs.token_index is not None
     batch, _, tokens, _ = inputs.query.shape
     mask: Tensor = torch.zeros(batch, 1, 1, tokens, dtype=torch.bool, device=inputs.query.device)
     for b in range(batch):
@@ -416,7 +430,7 @@ def _flex_peer(inputs: Inputs, request: Request, differentiate: bool) -> Contend
         return Contender("FlexAttention", lambda: (), objections=objections)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    assert inputs.index is not None
+    assert inputs.token_index is not None
     batch, _, tokens, _ = inputs.query.shape
     kept = torch.zeros(batch, tokens, dtype=torch.bool, device=inputs.query.device)
     for b in range(batch):
@@ -426,7 +440,7 @@ def _flex_peer(inputs: Inputs, request: Request, differentiate: bool) -> Contend
         return kept[b, m]
 
     take = _row_taker(inputs)
-    block_mask = create_block_mask(visible, batch, None, inputs.index.shape[-1], tokens, device=request.device)
+    block_mask = create_block_mask(visible, batch, None, inputs.token_index.shape[-1], tokens, device=request.device)
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 

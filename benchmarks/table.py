@@ -13,6 +13,9 @@ from .harness import UNSTEADY
 from .record import Record
 from .roof import GEMM
 
+# processes that wanted a core in the minute before the run, per core; above it others were at work too
+BUSY = 0.5
+
 # a ratio this near to 1 is called neither faster nor slower
 EVEN = 0.03
 
@@ -30,7 +33,7 @@ def ratio_text(ratio: float, low: float | None = None, high: float | None = None
 def case_block(case: Record) -> Table:
     """One line for each contender; fixed widths, so that the blocks of a run stand in columns."""
     ours = [contender for contender in case["contenders"] if contender["ours"]]
-    table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim", title=_title(case), title_justify="left", title_style="bold")
+    table = Table(box=None, padding=(0, 1), header_style="dim", title=_title(case), title_justify="left", title_style="bold")
     table.add_column("", width=24, no_wrap=True)
     for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), *((f"of {roof}", 7) for roof in ROOFS)):
         table.add_column(heading, width=width, justify="right", no_wrap=True)
@@ -96,9 +99,8 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
     names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
     peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
     for name in names:
-        table = Table(
-            title=f"{name}: how many times faster than", title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False
-        )
+        title = f"{name}: how many times faster than"
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         for roof in ROOFS:
@@ -130,11 +132,13 @@ def conditions_lines(run: Record) -> list[str]:
     """Where and how the numbers were taken."""
     env, roof, conditions = run["environment"], run["roof"], run["conditions"]
     gemm, peak = (", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof[name].items()) for name in ("gemm_gflops", "peak_gflops"))
+    load = f"; BUSY when the run began (load {env['load']:.1f})" if (env["load"] or 0) > BUSY * env["cores"] else ""
+    where = f"{env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}{load}"
+    rates = f"peak (multiply-adds in registers): {peak or 'not measured'} GFLOP/s; gemm (torch, {GEMM}^3): {gemm} GFLOP/s"
     return [
-        f"machine   {env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}",
+        f"machine   {where}",
         f"versions  tokenops {env['tokenops']} (git {env['git'] or '-'}), torch {env['torch']}, Python {env['python']}; {env['date']}",
-        f"roofs     peak: multiply-adds in registers, {peak or 'not measured'} GFLOP/s; gemm: torch {GEMM}^3, {gemm} GFLOP/s; "
-        f"copy: {roof['copy_gbs']:.1f} GB/s; all measured in this run",
+        f"roofs     {rates}; copy: {roof['copy_gbs']:.1f} GB/s; all measured in this run",
         f"clock     {conditions['clock']}; peers interleaved call by call; median, ± half the interquartile range",
         f"memory    {conditions['memory']}",
     ]

