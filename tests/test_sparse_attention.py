@@ -440,8 +440,8 @@ def matches(call: Call, backend: str, device: str) -> None:
     call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
     want = expected(call, None)
     visible = want.lse > -torch.inf
-    # where every row has all its weight on one key, gradients are 0 but for the rounding of the terms that cancel: nothing to compare with
-    assume(not visible.any() or want.row_sq[visible].min() < 0.9)
+    # with nearly all weight on one key, the logits' gradients are 0 but for the rounding of terms that cancel: nothing to compare with
+    assume(not visible.any() or want.row_sq[visible].mean() < 0.6)
     assert_right(call, backend)
 
 
