@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .harness import Case, Measurement, Outcome, Spread, Trial, case_id
+from .harness import Case, Cost, Measurement, Outcome, Spread, Trial, case_id
 from .roof import Roof
 
 FORMAT = 1
@@ -18,7 +18,7 @@ class RecordError(Exception):
     """A file that is no result of this benchmark, with the reason."""
 
 
-def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, roof: Roof, repro: str) -> Record:
+def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, repro: str) -> Record:
     return {
         "room": room,
         "id": case_id(case),
@@ -29,11 +29,11 @@ def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, r
         "bytes": trial.cost.bytes,
         "page_faults": measurement.page_faults,
         "repro": repro,
-        "contenders": [_contender(outcome, case, trial, roof) for outcome in measurement.outcomes],
+        "contenders": [_contender(outcome, trial) for outcome in measurement.outcomes],
     }
 
 
-def _contender(outcome: Outcome, case: Case, trial: Trial, roof: Roof) -> Record:
+def _contender(outcome: Outcome, trial: Trial) -> Record:
     record: Record = {
         "name": outcome.name,
         "ours": outcome.ours,
@@ -48,30 +48,36 @@ def _contender(outcome: Outcome, case: Case, trial: Trial, roof: Roof) -> Record
             "rounds": outcome.rounds,
             "gflops": trial.cost.flops / outcome.seconds.median * 1e-9,
             "gbs": trial.cost.bytes / outcome.seconds.median * 1e-9,
-            "percent_of": roof.percent(trial.cost, case.dtype, outcome.seconds.median),
         }
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
     return record
 
 
+def set_percentages(case: Record, roof: Roof) -> None:
+    """How much of each roof every contender uses."""
+    for contender in case["contenders"]:
+        if "ms" in contender:
+            contender["percent_of"] = roof.percent(Cost(case["flops"], case["bytes"]), case["dtype"], contender["ms"]["median"] * 1e-3)
+
+
 def _spread(spread: Spread) -> Record:
     return {"median": spread.median, "low": spread.low, "high": spread.high}
 
 
-def run_record(environment: Record, roof: Roof, conditions: Record, command: str, cases: list[Record]) -> Record:
-    return {
-        "format": FORMAT,
-        "command": command,
-        "environment": environment,
-        "conditions": conditions,
-        "roof": {
-            "copy_gbs": roof.copy * 1e-9,
-            "gemm_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.gemm.items()},
-            "peak_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.peak.items()},
-        },
-        "cases": cases,
+def run_record(environment: Record, conditions: Record, command: str) -> Record:
+    return {"format": FORMAT, "command": command, "environment": environment, "conditions": conditions, "roof": {}, "cases": []}
+
+
+def set_roof(run: Record, roof: Roof) -> None:
+    """The roof that the whole run is measured against."""
+    run["roof"] = {
+        "copy_gbs": roof.copy * 1e-9,
+        "gemm_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.gemm.items()},
+        "peak_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.peak.items()},
     }
+    for case in run["cases"]:
+        set_percentages(case, roof)
 
 
 def write(record: Record, path: Path) -> None:

@@ -104,9 +104,9 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         for roof in ROOFS:
-            table.add_column(f"of {roof}", justify="right", max_width=5)
+            table.add_column(f"of {roof}", justify="right", max_width=6)
         for peer in peers:
-            table.add_column(peer, justify="right", max_width=10)
+            table.add_column(peer, justify="right", max_width=13)
         for case in cases:
             mine = next((contender for contender in case["contenders"] if contender["name"] == name), None)
             if mine is not None:
@@ -130,15 +130,20 @@ def _ratio_cells(mine: Record, case: Record, peers: Sequence[str]) -> list[Text 
 
 def conditions_lines(run: Record) -> list[str]:
     """Where and how the numbers were taken."""
-    env, roof, conditions = run["environment"], run["roof"], run["conditions"]
-    gemm, peak = (", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof[name].items()) for name in ("gemm_gflops", "peak_gflops"))
+    env, conditions = run["environment"], run["conditions"]
     load = f"; BUSY when the run began (load {env['load']:.1f})" if (env["load"] or 0) > BUSY * env["cores"] else ""
     where = f"{env['cpu']}, {env['cores']} cores; device {env['device']}; {env['threads']} threads; torch runs {env['torch_isa']}{load}"
-    rates = f"peak (multiply-adds in registers): {peak or 'not measured'} GFLOP/s; gemm (torch, {GEMM}^3): {gemm} GFLOP/s"
     return [
         f"machine   {where}",
         f"versions  tokenops {env['tokenops']} (git {env['git'] or '-'}), torch {env['torch']}, Python {env['python']}; {env['date']}",
-        f"roofs     {rates}; copy: {roof['copy_gbs']:.1f} GB/s; all measured in this run",
         f"clock     {conditions['clock']}; peers interleaved call by call; median, ± half the interquartile range",
         f"memory    {conditions['memory']}",
     ]
+
+
+def roof_line(run: Record) -> str:
+    """The best that was seen of the machine up to now."""
+    roof = run["roof"]
+    gemm, peak = (", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof[name].items()) for name in ("gemm_gflops", "peak_gflops"))
+    rates = f"peak (multiply-adds in registers): {peak or 'not measured'} GFLOP/s; gemm (torch, {GEMM}^3): {gemm} GFLOP/s"
+    return f"roofs     {rates}; copy (torch): {roof['copy_gbs']:.1f} GB/s; measured in this run"

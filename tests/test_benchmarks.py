@@ -48,7 +48,8 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roofs and cases of a size for tests; no restart, which would replace pytest."""
     monkeypatch.setattr(roof, "GEMM", 64)
     monkeypatch.setattr(roof, "COPY", 1 << 16)
-    monkeypatch.setattr(roof.measure_roof, "__defaults__", (0.01,))
+    monkeypatch.setattr(roof, "STEPS", 1000)
+    monkeypatch.setattr(cli, "ROOF_SECONDS", 0)
     monkeypatch.setattr(sparse_attention, "CASES", tuple(case._replace(quick=True) for case in TINY))
     monkeypatch.setenv(allocator.MARKER, "1")
     monkeypatch.setattr(allocator, "touch_pool", lambda: 1 << 20)
@@ -572,3 +573,12 @@ def test_compare_refuses_other_files(tmp_path: Path) -> None:
 def test_chart_needs_a_ratio(tmp_path: Path) -> None:
     with pytest.raises(chart.ChartError, match="nothing to draw"):
         chart.draw({"cases": [], "environment": {}}, tmp_path / "empty.png")
+
+
+def test_a_roof_is_the_best_of_all_tries() -> None:
+    quiet = roof.Roof(2.0, {"fp32": 3.0}, {"fp32": 8.0})
+    disturbed = roof.Roof(1.0, {"fp32": 4.0, "bf16": 5.0}, {"fp32": 1.0})
+    assert quiet.best(disturbed) == roof.Roof(2.0, {"fp32": 4.0, "bf16": 5.0}, {"fp32": 8.0})
+    assert quiet.percent(Cost(6, 1), "fp32", 1.0) == {"copy": 50.0, "gemm": 200.0, "peak": 75.0}
+    # no peak is known on a GPU
+    assert set(roof.Roof(1.0, {"fp32": 1.0}, {}).percent(Cost(6, 1), "fp32", 1.0)) == {"copy", "gemm"}
