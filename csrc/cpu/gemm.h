@@ -37,10 +37,16 @@ struct Bf16Dot {
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kTileVectors = 3;
 
-template <class Dot, int L, int R, int V>
+struct Nothing {
+  TOKENOPS_INLINE void operator()() const {}
+};
+
+// `also` runs once a step, in the shadow of the products: a place to fetch what comes next
+template <class Dot, int L, int R, int V, class Also = Nothing>
 TOKENOPS_INLINE void multiply_tile(const typename Dot::Scalar* a, int64_t a_row, int64_t a_step, const typename Dot::Scalar* b,
-                                   int64_t b_step, int64_t steps, VecF<L> (&c)[R][V]) {
+                                   int64_t b_step, int64_t steps, VecF<L> (&c)[R][V], Also&& also = {}) {
   for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+    also();
     VecF<L> across[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) across[v] = load_bits<VecF<L>>(b + v * L);

@@ -101,10 +101,21 @@ void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, 
     }
 }
 
+// the elements of a result row from `column` on
+template <int L, class T>
+TOKENOPS_INLINE void write(T* row, int64_t column, int64_t width, VecF<L> values, bool past_caches) {
+  if (width - column < L)
+    store_first<L>(row + column, values, width - column);
+  else if (past_caches)
+    stream<L>(row + column, values);
+  else
+    store<L>(row + column, values);
+}
+
 // to.at(i)[c] = from[c][i] * factor[i]: lanes back into rows
 template <class T>
 void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t vectors, const float* factor,
-                  int64_t width) {
+                  int64_t width, bool past_caches) {
   constexpr int L = kLanes;
   for (int64_t v = 0; v * L < count; ++v) {
     VecF<L> by = load<L>(factor + v * L);
@@ -114,8 +125,7 @@ void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, cons
       for (int i = 0; i < L; ++i) tile[i] = i < columns ? load<L>(from + ((c + i) * vectors + v) * L) * by : VecF<L>{};
       transpose<L>(tile);
       for (int i = 0; i < smaller(L, count - v * L); ++i) {
-        T* at = to + row[v * L + i] * to_row + c;
-        columns == L ? store<L>(at, tile[i]) : store_first<L>(at, tile[i], columns);
+        write<L>(to + row[v * L + i] * to_row, c, width, tile[i], past_caches);
       }
     }
   }
@@ -124,15 +134,10 @@ void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, cons
 // to.at(i)[c] = from[i][c] * factor; from_row is a multiple of the lanes
 template <class T>
 void unpack_rows(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t from_row, float factor,
-                 int64_t width) {
+                 int64_t width, bool past_caches) {
   constexpr int L = kLanes;
   for (int64_t i = 0; i < count; ++i, from += from_row)
-    for (int64_t c = 0; c < width; c += L) {
-      int64_t columns = smaller(L, width - c);
-      VecF<L> values = load<L>(from + c) * factor;
-      T* at = to + row[i] * to_row + c;
-      columns == L ? store<L>(at, values) : store_first<L>(at, values, columns);
-    }
+    for (int64_t c = 0; c < width; c += L) write<L>(to + row[i] * to_row, c, width, load<L>(from + c) * factor, past_caches);
 }
 
 template <class T>

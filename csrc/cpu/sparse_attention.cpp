@@ -21,6 +21,8 @@ TOKENOPS_ISAS
 
 namespace {
 
+// What a call reads and writes beyond this size will not be found in a last-level cache by the next reader.
+constexpr int64_t kCaches = 24 << 20;
 constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
 
 enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
@@ -118,6 +120,16 @@ struct Call {
 
   bool valid() const { return queries.valid() && keys.valid(); }
 
+  // of the grids and a result of the listed rows
+  int64_t bytes() const {
+    int64_t rows = 0, kept = 0;
+    for (int64_t s = 0; s < p.sequences; ++s) {
+      for (int64_t h = 0; h < p.query_heads; ++h) rows += p.queries.at(s, h).count;
+      for (int64_t h = 0; h < p.kv_heads; ++h) kept += p.keys.at(s, h).count;
+    }
+    return (rows + kept) * (p.width + p.value_width) * (p.storage == Storage::f32 ? 4 : 2);
+  }
+
   void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
     check_statistic("lse", lse);
     p.lse = const_cast<float*>(lse.const_data_ptr<float>());
@@ -165,6 +177,7 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   call.set_statistics(lse, row_sq);
   p.out = grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
   p.out_by_row = by_row;
+  p.past_caches = call.bytes() > kCaches;
 
   const int64_t scratch_bytes = loops.forward_scratch(p, call.keys.longest());
   if (loops.is_short(p, call.queries.longest(), call.keys.longest())) {
@@ -218,6 +231,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
   const int64_t rows = query.size(2), columns = key.size(2);
   call.set_statistics(lse, std::nullopt);
   p.out = grid_of("out", out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
+  p.past_caches = 2 * call.bytes() > kCaches;
   p.grad_out = grid_of("grad_out", grad_out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
   if (grad_query) p.grad_query = grid_of("grad_query", *grad_query, dtype, call.batch, p.query_heads, rows, p.width, call.packed);
   if (grad_key) p.grad_key = grid_of("grad_key", *grad_key, dtype, call.batch, p.kv_heads, columns, p.width, call.packed);

@@ -51,7 +51,8 @@ struct SparseAttention {
 
   // results, and in a backward pass inputs. Statistics are [sequence, query head, slot] with a dense last dimension.
   Grid out;
-  bool out_by_row;  // out is a grid and a result goes to its query's row, not to its slot
+  bool past_caches;  // the call exceeds the caches: stream the results, and fetch short heads early
+  bool out_by_row;   // out is a grid and a result goes to its query's row, not to its slot
   float* lse;
   float* row_sq;  // or null
   int64_t stat_sequence, stat_head;

@@ -113,14 +113,14 @@ const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h
 }
 
 // S^T of one tile of keys in units of log2
-template <class Dot, int V>
+template <class Dot, int V, class Also = Nothing>
 TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes, float scale,
-                                const float* bias, const float* added, VecF<L> (&s)[kTileRows][V]) {
+                                const float* bias, const float* added, VecF<L> (&s)[kTileRows][V], Also&& also = {}) {
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) s[r][v] = VecF<L>{};
-  multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s);
+  multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s, also);
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -306,7 +306,7 @@ struct ForwardBlock {
     float inverse[lanes];
     write_statistics<V>(p, s, h, queries, first, last, top, total, squares, inverse);
     unpack_lanes(head_of<T>(p.out, s, h), p.out.row, (p.out_by_row ? queries.row : queries.slot) + first, last - first, sums, V, inverse,
-                 p.value_width);
+                 p.value_width, p.past_caches);
   }
 };
 
@@ -336,6 +336,7 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
     });
     if (first == 0) forward_empty_slots<T>(p, s, h);
   });
+  stream_fence();
 }
 
 // ---- forward of short sequences: up to 32 queries and keys, thousands of heads ----
@@ -343,11 +344,34 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
 // A head stays in L1 and registers: one softmax over all its logits, no lazy maximum, no transpose of the result (P is the
 // broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
 
-constexpr int64_t kShort = 32;
+constexpr int64_t kShort = 32, kHeadsAhead = 2;
 
 bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
   return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
 }
+
+// Walks over the rows that a later head will read, a cache line at a time. The largest lever of this path: without it every
+// head starts with misses, and a burst of prefetches would wait for the same buffers.
+struct Prefetcher {
+  struct Span {
+    const char* row;
+    int64_t rows, stride, bytes;
+  };
+  Span spans[3];
+  int span = 0;
+  int64_t offset = 0;
+
+  TOKENOPS_INLINE void line() {
+    if (span == 3) return;
+    Span& at = spans[span];
+    if (at.rows) __builtin_prefetch(at.row + offset, 0, 2);
+    offset += 64;
+    if (offset < at.bytes) return;
+    offset = 0;
+    at.row += at.stride;
+    if (--at.rows <= 0) ++span;
+  }
+};
 
 template <class T, class Dot, int V>
 struct ShortHead {
@@ -366,7 +390,20 @@ struct ShortHead {
     bias = arena.take<float>(kShort);
   }
 
-  void run(const SparseAttention& p, int64_t s, int64_t h) {
+  static Prefetcher::Span span_of(const Grid& grid, int64_t s, int64_t h, const RowList& list, int64_t width) {
+    const T* first = head_of<T>(grid, s, h) + (list.count ? list.row[0] * grid.row : 0);
+    const int64_t bytes = width * (int64_t)sizeof(T), rows = list.range ? list.count : 0;
+    if (grid.row == width) return {(const char*)first, rows > 0, 0, rows * bytes};
+    return {(const char*)first, rows, grid.row * (int64_t)sizeof(T), bytes};
+  }
+  static Prefetcher prefetcher(const SparseAttention& p, int64_t s, int64_t h) {
+    const RowList &queries = p.queries.at(s, h), &keys = p.keys.at(s, h / p.group());
+    if (!p.past_caches) return Prefetcher{{}, 3};
+    return {{span_of(p.query, s, h, queries, p.width), span_of(p.key, s, h / p.group(), keys, p.width),
+             span_of(p.value, s, h / p.group(), keys, p.value_width)}};
+  }
+
+  void run(const SparseAttention& p, int64_t s, int64_t h, Prefetcher ahead) {
     const int64_t kv_head = h / p.group();
     const RowList &queries = p.queries.at(s, h), &keys = p.keys.at(s, kv_head);
     const int64_t scalars = p.width / Dot::kPerScalar, count = queries.count, padded = round_up(keys.count, kTileRows);
@@ -396,7 +433,11 @@ struct ShortHead {
     for (int v = 0; v < V; ++v) top[v] = splat<L>(kLowest), total[v] = squares[v] = VecF<L>{};
     for (int64_t j = 0; j < padded; j += kTileRows) {
       VecF<L> x[kTileRows][V];
-      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x);
+      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x,
+                         [&] {
+                           ahead.line();
+                           ahead.line();
+                         });
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -431,12 +472,8 @@ struct ShortHead {
           VecF<L> sums[kTileRows][W] = {};
           multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums);
           for (int r = 0; r < smaller(kTileRows, count - i); ++r)
-            for (int w = 0; w < W; ++w) {
-              const int64_t column = (c + w) * L, left = p.value_width - column;
-              T* at = to + place[i + r] * p.out.row + column;
-              const VecF<L> result = sums[r][w] * inverse[i + r];
-              left >= L ? store<L>(at, result) : store_first<L>(at, result, left);
-            }
+            for (int w = 0; w < W; ++w)
+              write<L>(to + place[i + r] * p.out.row, (c + w) * L, p.value_width, sums[r][w] * inverse[i + r], p.past_caches);
         });
     forward_empty_slots<T>(p, s, h);
   }
@@ -445,12 +482,14 @@ struct ShortHead {
 template <class T, class Dot>
 void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
   for (int64_t i = first; i < last; ++i) {
-    const int64_t s = i / p.query_heads, h = i % p.query_heads;
+    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + kHeadsAhead, last - 1);
     const int64_t vectors = query_vectors(p.queries.at(s, h).count);
     with_vectors(vectors ? vectors : 1, [&](auto vectors) {
-      ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h);
+      typedef ShortHead<T, Dot, decltype(vectors)::value> Head;
+      Head(Arena{scratch}, p).run(p, s, h, Head::prefetcher(p, next / p.query_heads, next % p.query_heads));
     });
   }
+  stream_fence();
 }
 
 template <class T, class Dot>
@@ -585,9 +624,10 @@ struct BackwardBlock {
     if (!p.grad_query.data) return;
     if (p.grad_query_parts)
       unpack_lanes(p.grad_query_parts + part * p.part_stride + s * p.part_sequence + h * p.part_head, p.width, queries.slot + first, count,
-                   grad_query, V, factor, p.width);
+                   grad_query, V, factor, p.width, false);
     else
-      unpack_lanes(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.row + first, count, grad_query, V, factor, p.width);
+      unpack_lanes(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.row + first, count, grad_query, V, factor, p.width,
+                   p.past_caches);
   }
 };
 
@@ -621,12 +661,12 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
   const bool whole = part == 0;  // the first part also writes the rows that no list names
   if (p.grad_key.data) {
     T* to = head_of<T>(p.grad_key, s, kv_head);
-    unpack_rows(to, p.grad_key.row, row, count, panel.grad_rows, columns, p.scale, p.width);
+    unpack_rows(to, p.grad_key.row, row, count, panel.grad_rows, columns, p.scale, p.width, p.past_caches);
     if (whole) zero_rows(to, p.grad_key.row, keys.rest, keys.rests, p.width);
   }
   if (p.grad_value.data) {
     T* to = head_of<T>(p.grad_value, s, kv_head);
-    unpack_rows(to, p.grad_value.row, row, count, panel.grad_value, value_columns, 1.f, p.value_width);
+    unpack_rows(to, p.grad_value.row, row, count, panel.grad_value, value_columns, 1.f, p.value_width, p.past_caches);
     if (whole) zero_rows(to, p.grad_value.row, keys.rest, keys.rests, p.value_width);
   }
   if (p.grad_bias) {
@@ -635,6 +675,7 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
     if (whole)
       for (int64_t j = 0; j < keys.rests; ++j) to[keys.rest[j]] = 0.f;
   }
+  stream_fence();
 }
 
 template <class T, class Dot>

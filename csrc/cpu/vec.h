@@ -165,6 +165,37 @@ TOKENOPS_INLINE void store(f16* p, VecF<L> v) {
   for (int i = 0; i < L; ++i) p[i].bits = float_to_half(v[i]);
 }
 
+// a whole vector past the caches, if it lies on its own boundary; threads that wrote so call stream_fence() before they are done
+template <int L>
+TOKENOPS_INLINE void stream(float* p, VecF<L> v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16)
+    if ((uintptr_t)p % 64 == 0) return _mm512_stream_ps(p, (__m512)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8)
+    if ((uintptr_t)p % 32 == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store<L>(p, v);
+}
+template <int L>
+TOKENOPS_INLINE void stream(bf16* p, VecF<L> v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16)
+    if ((uintptr_t)p % 32 == 0) return _mm256_stream_si256((__m256i*)(void*)p, (__m256i)to_bf16<L>(v));
+#endif
+  store<L>(p, v);
+}
+template <int L>
+TOKENOPS_INLINE void stream(f16* p, VecF<L> v) {
+  store<L>(p, v);
+}
+TOKENOPS_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // the first n of L elements; the rest read as zero and are not written. Goes through the stack: for ragged ends only.
 template <int L, class T>
 TOKENOPS_INLINE VecF<L> load_first(const T* p, int64_t n) {
