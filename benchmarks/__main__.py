@@ -234,9 +234,8 @@ def _print_summary(out: Console, run: Record) -> None:
     for ratios in table.ratio_tables(run["cases"]):
         out.print()
         out.print(ratios)
-    notes = dict.fromkeys((c["name"], c["note"]) for case in run["cases"] for c in case["contenders"] if c["note"] and c["status"] == "ok")
-    for name, note in notes:
-        out.print(f"  {name}: {note}", style="dim", soft_wrap=True)
+    for line in table.note_lines(run["cases"]):
+        out.print(f"  {line}", style="dim", soft_wrap=True)
     out.print()
 
 

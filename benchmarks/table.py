@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -9,9 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .harness import UNSTEADY
+from .harness import UNSTEADY, Spread
 from .record import Record
 from .roof import GEMM
+
+# page faults of one call that are lost in its time
+FEW_FAULTS = 16
 
 # processes that wanted a core in the minute before the run, per core; above it others were at work too
 BUSY = 0.5
@@ -44,18 +48,22 @@ def case_block(case: Record) -> Table:
         if "ms" not in contender:
             continue
         ms = contender["ms"]
-        percent = 50 * (ms["high"] - ms["low"]) / ms["median"]
+        percent = _percent(ms)
         ratios = [_ratio_cell(mine, contender) for mine in ours]
         table.add_row(
             Text("  " + contender["name"], style="bold" if contender["ours"] else ""),
             f"{ms['median']:.3g}" if ms["median"] < 100 else f"{ms['median']:.0f}",
-            Text(f"± {percent:.0f} %", style="yellow" if percent > UNSTEADY else ""),
+            Text(f"± {min(percent, 999):.0f} %", style="yellow" if percent > UNSTEADY else ""),
             f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
             f"{contender['gbs']:.1f}",
             *(_percent_cell(contender, roof) for roof in ROOFS),
             *ratios,
         )
     return table
+
+
+def _percent(spread: Record) -> float:
+    return Spread(**spread).percent
 
 
 def _percent_cell(contender: Record, roof: str) -> str:
@@ -79,9 +87,11 @@ def case_remarks(case: Record) -> list[Text]:
         if contender["status"] in ("wrong", "failed"):
             reasons = "; ".join(contender["reasons"])
             remarks.append(Text(f"  {contender['name']}: {contender['status']}, so no time and no ratio ({reasons})", style="bold red"))
-        elif contender["status"] == "not run":
-            remarks.append(Text(f"  {contender['name']}: not run ({'; '.join(contender['reasons'])})", style="dim"))
-    if case["page_faults"]:
+        elif contender["status"] == "not run" and contender["ours"]:
+            remarks.append(Text(f"  {contender['name']}: not run ({'; '.join(contender['reasons'])})", style="yellow"))
+    if any(_percent(contender["ms"]) > UNSTEADY for contender in case["contenders"] if "ms" in contender):
+        remarks.append(Text("  unsteady: something else ran on this machine, so do not trust these ratios", style="yellow"))
+    if (case["page_faults"] or 0) > FEW_FAULTS:
         remarks.append(Text(f"  {case['page_faults']} page faults per call: the times include fetching memory", style="yellow"))
     remarks.append(Text(f"  again: {case['repro']}", style="dim"))
     return remarks
@@ -103,29 +113,38 @@ def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
         table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
-        for roof in ROOFS:
-            table.add_column(f"of {roof}", justify="right", max_width=6)
+        # the nearest compute roof that was measured
+        roof = "peak" if any("peak" in c.get("percent_of", {}) for case in cases for c in case["contenders"]) else "gemm"
+        table.add_column(f"of {roof}", justify="right", no_wrap=True)
         for peer in peers:
-            table.add_column(peer, justify="right", max_width=13)
+            table.add_column(peer, justify="right", min_width=7, max_width=13)
         for case in cases:
             mine = next((contender for contender in case["contenders"] if contender["name"] == name), None)
             if mine is not None:
-                table.add_row(_title(case), *_ratio_cells(mine, case, peers))
+                table.add_row(_title(case), *_ratio_cells(mine, case, peers, roof))
         yield table
 
 
-def _ratio_cells(mine: Record, case: Record, peers: Sequence[str]) -> list[Text | str]:
+def _ratio_cells(mine: Record, case: Record, peers: Sequence[str], roof: str) -> list[Text | str]:
     if "ms" not in mine:
-        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (*ROOFS, *peers))]
+        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (roof, *peers))]
     ratios = mine["faster_than"]
     found = {contender["name"]: contender["status"] for contender in case["contenders"]}
-    cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", *(_percent_cell(mine, roof) for roof in ROOFS)]
+    cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", _percent_cell(mine, roof)]
     for peer in peers:
         if peer in ratios:
             cells.append(ratio_text(ratios[peer]["median"]))
         else:
             cells.append(Text("" if found.get(peer, "not run") == "not run" else found[peer], style="bold red"))
     return cells
+
+
+def note_lines(cases: Sequence[Record]) -> list[str]:
+    """What a reader must know of the contenders, and which peers did not run; each said once."""
+    contenders = [contender for case in cases for contender in case["contenders"]]
+    notes = dict.fromkeys(f"{c['name']}: {c['note']}" for c in contenders if c["note"] and c["status"] == "ok")
+    absent = Counter(f"{c['name']}: {'; '.join(c['reasons'])}" for c in contenders if c["status"] == "not run" and not c["ours"])
+    return [*notes, *(f"{reason} (not run in {count} case{'s' if count > 1 else ''})" for reason, count in absent.items())]
 
 
 def conditions_lines(run: Record) -> list[str]:

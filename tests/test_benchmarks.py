@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from tokenops import native
 from tokenops.benchmarks import __main__ as cli
-from tokenops.benchmarks import allocator, chart, compare, harness, record, roof, sparse_attention, video
+from tokenops.benchmarks import allocator, chart, compare, harness, record, roof, sparse_attention, table, video
 from tokenops.benchmarks.harness import Contender, Cost, Request, Trial
 
 # one of each kind; kept apart from the real cases only by their size
@@ -57,9 +57,6 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def invoke(*arguments: object):
     return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], env={allocator.MARKER: "1"})
-
-
-# ---- cases and peers
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
@@ -124,9 +121,6 @@ def _run_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.Fix
     results = ours.canonical(benchmark(ours.run))
     for result, right in zip(results, trial.expected(), strict=True):
         assert harness.error_fraction(result, right, case.dtype) <= 1
-
-
-# ---- the harness
 
 
 def trial_of(*contenders: Contender) -> Trial:
@@ -248,9 +242,6 @@ def test_multiply_add_counts_what_it_does(bf16: bool) -> None:
         assert once % (2 * 4 * torch.get_num_threads()) == 0
 
 
-# ---- video
-
-
 def test_excerpt_is_small_and_attributed() -> None:
     assert video.EXCERPT.stat().st_size <= 400 * 1024
     text = (video.EXCERPT.parent / "ATTRIBUTION.md").read_text()
@@ -338,9 +329,6 @@ def test_videos_that_cannot_be_used(tmp_path: Path) -> None:
             video.read_frames(path)
 
 
-# ---- restart
-
-
 def test_restart_raises_the_thresholds_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     environment = allocator.restart_environment({"HOME": "/root", "MALLOC_TOP_PAD_": "1"})
@@ -389,9 +377,6 @@ def test_the_command_as_users_run_it(tmp_path: Path) -> None:
         assert run["environment"]["restarted"]
         assert set(allocator.THRESHOLDS) <= set(run["environment"]["variables"])
         assert "restarted with raised malloc thresholds" in done.stdout
-
-
-# ---- the command line
 
 
 @pytest.mark.usefixtures("small_machine")
@@ -517,9 +502,6 @@ def test_help(command: tuple[str, ...]) -> None:
     assert done.output.startswith("Usage: ")
 
 
-# ---- compare
-
-
 def run_of(ours: float, peer: float, **environment: object) -> record.Record:
     contenders = [
         {"name": "tokenops", "ours": True, "ms": {"median": ours}},
@@ -582,3 +564,35 @@ def test_a_roof_is_the_best_of_all_tries() -> None:
     assert quiet.percent(Cost(6, 1), "fp32", 1.0) == {"copy": 50.0, "gemm": 200.0, "peak": 75.0}
     # no peak is known on a GPU
     assert set(roof.Roof(1.0, {"fp32": 1.0}, {}).percent(Cost(6, 1), "fp32", 1.0)) == {"copy", "gemm"}
+
+
+def test_table_says_when_not_to_trust_it() -> None:
+    def contender(name: str, ours: bool, low: float, high: float) -> record.Record:
+        return {
+            "name": name,
+            "ours": ours,
+            "status": "ok",
+            "reasons": [],
+            "note": "",
+            "ms": {"median": 1.0, "low": low, "high": high},
+            "gflops": 1.0,
+            "gbs": 1.0,
+            "percent_of": {"gemm": 10.0, "copy": 1.0},
+        }
+
+    steady, shaky = contender("tokenops", True, 0.99, 1.01), contender("SDPA", False, 0.5, 1.5)
+    absent = {"name": "Flex", "ours": False, "status": "not run", "reasons": ["no compiler"], "note": ""}
+    case = {
+        "name": "tiny",
+        "dtype": "fp32",
+        "direction": "fwd",
+        "page_faults": 0,
+        "repro": "tokenops bench",
+        "contenders": [steady, absent],
+    }
+    assert [str(remark) for remark in table.case_remarks(case)] == ["  again: tokenops bench"]
+    disturbed = {**case, "page_faults": 1000, "contenders": [steady, shaky, absent]}
+    remarks = "\n".join(str(remark) for remark in table.case_remarks(disturbed))
+    assert "unsteady" in remarks
+    assert "1000 page faults" in remarks
+    assert table.note_lines([case, disturbed]) == ["Flex: no compiler (not run in 2 cases)"]
