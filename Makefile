@@ -61,7 +61,7 @@ sanitize: $(library)
 	isas=$$($(python) -c 'from tokenops import native; print(*native.cpu_isas())'); \
 	for test in $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(wildcard tests/cpp/test_*.cpp)); do $$test $$isas || exit 1; done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  TOKENOPS_SANITIZE=1 PYTHONPATH=build/sanitize/lib pytest tests -k "cpu and not compile or record_describes" $(ARGS)
+	  TOKENOPS_SANITIZE=1 PYTHONPATH=build/sanitize/lib pytest tests -k "cpu and not (compile or benchmark or interpreter) or record_describes" $(ARGS)
 
 bench: $(library)
 	$(python) -m tokenops.benchmarks bench --preset quick $(ARGS)

@@ -150,9 +150,11 @@ def run_layer(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tu
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_without_a_graph_break(dynamic: bool, device: str) -> None:
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for rows in (20, 27) if dynamic else (20,):
+    for rows, stance in ((20, "default"), (27, "fail_on_recompile")) if dynamic else ((20, "default"),):
         inputs = layer_inputs(rows, device)
-        for got, want in zip(run_layer(compiled, inputs), run_layer(layer, inputs), strict=True):
+        with torch.compiler.set_stance(stance):
+            results = run_layer(compiled, inputs)
+        for got, want in zip(results, run_layer(layer, inputs), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -243,6 +245,14 @@ def test_fake_tensors_need_no_gpu(dtype: torch.dtype) -> None:
         bounds = torch.empty(3, device="cuda", dtype=torch.int32)
         rows = torch.empty(30, 4, 16, device="cuda", dtype=dtype)
         assert tokenops.sparse_attention_varlen(rows, rows, rows, bounds, bounds).shape == (30, 4, 16)
+
+
+def test_meta_tensors_pass_through() -> None:
+    call = listed("meta", bias=True)
+    out, aux = tokenops.sparse_attention(**call, return_aux=("lse",))
+    assert (out.shape, out.device.type, aux.lse.shape) == ((2, 4, 11, 24), "meta", (2, 4, 11))
+    call["key"].requires_grad_()
+    assert torch.autograd.grad(tokenops.sparse_attention(**call).sum(), call["key"])[0].shape == call["key"].shape
 
 
 @pytest.mark.parametrize("mapped", ["query", "lists", "everything"])
