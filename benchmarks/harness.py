@@ -27,7 +27,7 @@ WARM_UP = 3  # calls; page faults and lazy initialisation last about that long
 FEWEST_ROUNDS = 7
 MOST_ROUNDS = 2000
 UNSTEADY = 10  # percent of spread, of any contender: goes on for up to EXTENSION times the budget
-EXTENSION = 3
+EXTENSION = 2
 SLOW = 4  # a contender this many times slower than the fastest takes part in correspondingly fewer rounds
 
 Results = tuple[Tensor, ...]
