@@ -343,14 +343,15 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
 // A head stays in L1 and registers: one softmax over all its logits, no lazy maximum, no transpose of the result (P is the
 // broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
 
-constexpr int64_t kShort = 32, kHeadsAhead = 2;
+constexpr int64_t kShort = 32;
 
 bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
   return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
 }
 
-// Walks over the rows that a later head will read, a cache line at a time. The largest lever of this path: without it every
-// head starts with misses, and a burst of prefetches would wait for the same buffers.
+// Walks over the rows that the next head will read, a cache line at a time. The largest lever of this path: without it every
+// head starts with misses. The lines are spread over all steps of the head's products, because a core has only a few dozen
+// misses under way at once: prefetches in bursts wait, and the loads of the products wait behind them.
 struct RowSpan {
   const char* row;
   int64_t rows, stride, bytes;
@@ -445,7 +446,7 @@ struct ShortHead {
     for (int64_t j = 0; j < padded; j += kTileRows) {
       VecF<L> x[kTileRows][V];
       logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x,
-                         [&] { ahead.line(), ahead.line(); });
+                         [&] { ahead.line(); });
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -467,6 +468,7 @@ struct ShortHead {
       store_steps<Dot, V>(tile, x);
       add_weights<Dot, V>(total, tile);
     }
+    const bool twice = padded <= 8;  // so few steps are left then that a line each would not fetch the whole head
     float inverse[lanes];
     write_statistics<V>(p, s, h, queries, 0, count, top, total, squares, inverse);
 
@@ -479,7 +481,10 @@ struct ShortHead {
           constexpr int W = decltype(n)::value;
           VecF<L> sums[kTileRows][W];
           clear<L>(sums);
-          multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums);
+          multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums, [&] {
+            ahead.line();
+            if (twice) ahead.line();
+          });
           for (int r = 0; r < smaller(kTileRows, count - i); ++r)
             for (int w = 0; w < W; ++w)
               write<L>(to + place[i + r] * p.out.row, (c + w) * L, p.value_width, sums[r][w] * inverse[i + r], p.past_caches);
@@ -491,7 +496,7 @@ struct ShortHead {
 template <class T, class Dot>
 void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
   for (int64_t i = first; i < last; ++i) {
-    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + kHeadsAhead, last - 1);
+    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + 1, last - 1);
     const int64_t vectors = query_vectors(p.queries.at(s, h).count);
     with_vectors(vectors ? vectors : 1, [&](auto vectors) {
       ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h, next / p.query_heads, next % p.query_heads);
