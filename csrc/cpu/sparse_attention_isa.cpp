@@ -346,7 +346,7 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
 constexpr int64_t kShort = 32;
 
 bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
-  return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
+  return queries <= smaller(kShort, kTileVectors * L) && keys <= kShort && p.mask == Mask::none && !p.causal;
 }
 
 // Walks over the rows that the next head will read, a cache line at a time. The largest lever of this path: without it every
