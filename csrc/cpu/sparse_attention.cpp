@@ -66,9 +66,9 @@ struct Call {
 
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& q_index, const OptionalTensor& kv_index,
        const OptionalTensor& kv_bias, const OptionalTensor& attn_mask, const OptionalTensor& cu_seqlens_q,
-       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_rows)
-      : queries("q_index", q_index, cu_seqlens_q, rows_of("query", query), query.size(0), query.size(1), unique_rows),
-        keys("kv_index", kv_index, cu_seqlens_k, rows_of("key", key), query.size(0), key.size(1), unique_rows),
+       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_queries, bool unique_keys)
+      : queries("q_index", q_index, cu_seqlens_q, rows_of("query", query), query.size(0), query.size(1), unique_queries),
+        keys("kv_index", kv_index, cu_seqlens_k, rows_of("key", key), query.size(0), key.size(1), unique_keys),
         batch(query.size(0)),
         slots(q_index ? q_index->size(2) : query.size(2)),
         packed(cu_seqlens_q.has_value()) {
@@ -170,7 +170,7 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
                 OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
                 OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
   const SparseAttentionLoops& loops = loops_of(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row, false);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   call.set_statistics(lse, row_sq);
@@ -227,7 +227,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
                  OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
                  double scale, std::string isa) {
   const SparseAttentionLoops& loops = loops_of(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true, true);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   const ScalarType dtype = query.scalar_type();
