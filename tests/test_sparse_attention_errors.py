@@ -12,6 +12,7 @@ from test_sparse_attention_varlen import packed
 from torch import Tensor
 
 import tokenops
+from tokenops import native
 from tokenops.ops.sparse_attention import BACKENDS
 from tokenops.ops.sparse_attention.backends import explain
 
@@ -435,6 +436,28 @@ def test_what_a_kernel_reports_becomes_an_exception() -> None:
     # a kernel and the check may never disagree; if they did, it must not pass in silence
     with pytest.raises(RuntimeError, match="refused a call that is in order"):
         explain(good, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q_index", lambda x: x[0], "q_index must have 3 dimensions, got 2"),
+        ("kv_index", lambda x: x.unsqueeze(3), "kv_index must have 3 dimensions, got 4"),
+        ("kv_index", lambda x: x.long(), "kv_index has the wrong dtype"),
+        ("q_index", lambda x: x.expand(2, 5, -1), "q_index must have size 1 or 4 in dimension 1, got 5"),
+        ("value", lambda x: x[0], "value must have 4 dimensions, got 3"),
+        ("attn_mask", lambda x: x.int(), "attn_mask must be float32, bfloat16 or float16"),
+    ],
+)
+def test_cpu_kernels_guard_memory_by_themselves(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+    if native.CPU_ABSENT:
+        pytest.skip(native.CPU_ABSENT)
+    call = build(Case("", {**SIZES, "lists": "shared"}), torch.float32, "cpu")
+    problem = tokenops.ops.sparse_attention.as_problem(**call, attn_mask=torch.zeros(19, 23))[0]
+    bad = problem._replace(**{name: change(getattr(problem, name))})
+    [cpu] = [backend for backend in BACKENDS if backend.name == "cpu"]
+    with pytest.raises(RuntimeError, match=message):
+        cpu.run.forward(bad, torch.empty(2, 4, 11, 24), torch.empty(2, 4, 11), None, False)
 
 
 def test_every_backend_answers_for_tensors_it_cannot_reach() -> None:

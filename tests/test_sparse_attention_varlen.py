@@ -165,6 +165,18 @@ def test_a_row_may_stand_in_several_sequences_without_gradient(backend: str, dev
         tokenops.sparse_attention_varlen(**call, out=torch.empty(call["query"].shape[0], 4, 24, device=device), backend=backend)
 
 
+def test_a_key_may_stand_in_several_sequences_of_a_call_that_writes_a_grid(backend: str, device: str) -> None:
+    call = packed(listed="shared", device=device)
+    cu = call["cu_seqlens_k"]
+    call["kv_index"][cu[5] : cu[5] + 5] = call["kv_index"][cu[3] : cu[3] + 5]
+    compact = tokenops.sparse_attention_varlen(**call, backend=backend)
+    grid = torch.zeros(call["query"].shape[0], 4, 24, device=device)
+    tokenops.sparse_attention_varlen(**call, out=grid, backend=backend)
+    used = int(call["cu_seqlens_q"][-1])
+    slots = [slot for slot in range(used) if call["q_index"][slot] >= 0]
+    assert torch.equal(grid[call["q_index"][slots].long()], compact[slots])
+
+
 @pytest.mark.parametrize("max_seqlen", [None, 40, 1000])
 def test_longest_length_is_a_hint(max_seqlen: int | None, backend: str, device: str) -> None:
     call = packed(device=device)

@@ -13,17 +13,20 @@ class RowListTable {
  public:
   // index [1|B, 1|H, K] int32 or none (all rows of the grid); offsets [S + 1] int32 cut its slots into packed sequences.
   // Out-of-range or repeated ids and bad offsets make the table invalid. `unique_rows`: packed sequences may not share rows.
-  RowListTable(const OptionalTensor& index, const OptionalTensor& offsets, int64_t rows, int64_t batch, int64_t heads, bool unique_rows) {
+  RowListTable(const char* name, const OptionalTensor& index, const OptionalTensor& offsets, int64_t rows, int64_t batch, int64_t heads,
+               bool unique_rows) {
+    if (index) {
+      check_rank(name, *index, 3);
+      check_dtype(name, *index, ScalarType::Int);
+      check_broadcast(name, *index, 0, batch);
+      check_broadcast(name, *index, 1, heads);
+    }
+    if (offsets) check_rank("cu_seqlens", *offsets, 1);
     const int64_t slots = index ? index->size(2) : rows;
     sequences_ = offsets ? std::max<int64_t>(offsets->size(0) - 1, 1) : index ? index->size(0) : 1;
     heads_ = index ? index->size(1) : 1;
     if (offsets && !read_offsets(*offsets, slots)) return;
     lists_.resize(sequences_ * heads_);
-    if (index) {
-      check_dtype("index", *index, ScalarType::Int);
-      check_broadcast("index", *index, 0, batch);
-      check_broadcast("index", *index, 1, heads);
-    }
     seen_.assign(rows, -1);
     for (int64_t h = 0; h < heads_; ++h) {
       named_.assign(rows, 0);
@@ -61,7 +64,6 @@ class RowListTable {
   };
 
   bool read_offsets(const Tensor& offsets, int64_t slots) {
-    check_rank("cu_seqlens", offsets, 1);
     check_dtype("cu_seqlens", offsets, ScalarType::Int);
     const int32_t* from = offsets.const_data_ptr<int32_t>();
     for (int64_t i = 0; i < offsets.size(0); ++i) offsets_.push_back(from[i * offsets.stride(0)]);

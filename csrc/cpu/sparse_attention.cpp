@@ -27,18 +27,18 @@ constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread th
 
 enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
 
-Storage storage_of(const Tensor& t) {
+Storage storage_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Storage::f32;
     case ScalarType::BFloat16: return Storage::bf16;
     case ScalarType::Half: return Storage::f16;
-    default: STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16"); return Storage::f32;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16"); return Storage::f32;
   }
 }
 
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
-  switch (storage_of(t)) {
+  switch (storage_of("attn_mask", t)) {
     case Storage::f32: return Mask::f32;
     case Storage::bf16: return Mask::bf16;
     case Storage::f16: return Mask::f16;
@@ -66,9 +66,9 @@ struct Call {
 
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& q_index, const OptionalTensor& kv_index,
        const OptionalTensor& kv_bias, const OptionalTensor& attn_mask, const OptionalTensor& cu_seqlens_q,
-       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_rows)
-      : queries(q_index, cu_seqlens_q, rows_of(query), query.size(0), query.size(1), unique_rows),
-        keys(kv_index, cu_seqlens_k, rows_of(key), query.size(0), key.size(1), unique_rows),
+       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_queries, bool unique_keys)
+      : queries("q_index", q_index, cu_seqlens_q, rows_of("query", query), query.size(0), query.size(1), unique_queries),
+        keys("kv_index", kv_index, cu_seqlens_k, rows_of("key", key), query.size(0), key.size(1), unique_keys),
         batch(query.size(0)),
         slots(q_index ? q_index->size(2) : query.size(2)),
         packed(cu_seqlens_q.has_value()) {
@@ -76,10 +76,11 @@ struct Call {
     STD_TORCH_CHECK(packed == cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k must be given together");
     STD_TORCH_CHECK(!packed || batch == 1, "packed sequences must have a batch of 1");
     STD_TORCH_CHECK(!packed || cu_seqlens_q->size(0) == cu_seqlens_k->size(0), "cu_seqlens_q and cu_seqlens_k must have the same length");
-    p.storage = storage_of(query);
+    p.storage = storage_of("query", query);
     p.sequences = packed ? queries.sequences() : batch;
     p.query_heads = query.size(1);
     p.kv_heads = key.size(1);
+    check_rank("value", value, 4);
     p.width = query.size(3);
     p.value_width = value.size(3);
     STD_TORCH_CHECK(p.kv_heads > 0 && p.query_heads % p.kv_heads == 0, "query heads must be a multiple of key heads");
@@ -140,9 +141,9 @@ struct Call {
   }
 
  private:
-  static int64_t rows_of(const Tensor& t) {
-    check_rank("query, key and value", t, 4);
-    STD_TORCH_CHECK(t.size(2) < INT32_MAX, "a grid must have fewer than 2^31 rows");
+  static int64_t rows_of(const char* name, const Tensor& t) {
+    check_rank(name, t, 4);
+    STD_TORCH_CHECK(t.size(2) < INT32_MAX, name, " must have fewer than 2^31 - 1 rows");
     return t.size(2);
   }
   void check_statistic(const char* name, const Tensor& t) const {
@@ -169,7 +170,7 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
                 OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
                 OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
   const SparseAttentionLoops& loops = loops_of(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row, false);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   call.set_statistics(lse, row_sq);
@@ -226,7 +227,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
                  OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
                  double scale, std::string isa) {
   const SparseAttentionLoops& loops = loops_of(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true, true);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   const ScalarType dtype = query.scalar_type();

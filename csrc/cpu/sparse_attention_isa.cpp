@@ -177,7 +177,9 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
   for (int v = 0; v < V; ++v) {
     const VecF<L> by = total[v] == 0.f ? VecF<L>{} : 1.f / total[v];
     store<L>(inverse + v * L, by);
-    store<L>(lse + v * L, total[v] == 0.f ? splat<L>(-kInfinity) : (top[v] + log2(total[v])) * kLn2);
+    // what to_log2 clamped to the lowest float stays the lowest float; a sum that is NaN stays NaN
+    const VecF<L> natural = (top[v] == kLowest) & (total[v] == total[v]) ? top[v] : (top[v] + log2(total[v])) * kLn2;
+    store<L>(lse + v * L, total[v] == 0.f ? splat<L>(-kInfinity) : natural);
     store<L>(row_sq + v * L, squares[v] * by * by);
   }
   const int64_t at = s * p.stat_sequence + h * p.stat_head;
@@ -590,7 +592,7 @@ struct BackwardBlock {
     for (int64_t i = 0; i < lanes; ++i) {
       factor[i] = p.scale;
       const float natural = i < count ? p.lse[s * p.stat_sequence + h * p.stat_head + queries.slot[first + i]] : -kInfinity;
-      lse[i] = natural == -kInfinity ? kInfinity : natural * kLog2e;  // a row without visible keys gets weights of zero
+      lse[i] = natural == -kInfinity ? kInfinity : to_log2(natural);  // a row without visible keys gets weights of zero
       delta[i] = i < count ? dot_rows(grad_rows.at(i), out_rows.at(i), p.value_width) : 0.f;
     }
 
@@ -606,7 +608,8 @@ struct BackwardBlock {
         for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
           for (int v = 0; v < V; ++v) {
-            x[r][v] = exp2<L, Dot::kExpDegree>(x[r][v] - load<L>(lse + v * L));
+            // huge logits: a float lse that was rounded below one of them must not make a weight of more than one
+            x[r][v] = exp2<L, Dot::kExpDegree>(min(VecF<L>{}, x[r][v] - load<L>(lse + v * L)));
             slope[r][v] = VecF<L>{};
           }
         store_rows<Dot, V>(weights + j * lane_scalars, x);

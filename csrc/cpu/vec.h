@@ -224,6 +224,17 @@ TOKENOPS_INLINE V max(V a, V b) {
 #endif
   return a > b ? a : b;
 }
+// b where either is NaN, like max
+template <class V>
+TOKENOPS_INLINE V min(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+  return a < b ? a : b;
+}
 template <class V>
 TOKENOPS_INLINE bool any_greater(V a, V b) {
 #if defined(__AVX512F__)
@@ -249,7 +260,7 @@ TOKENOPS_INLINE float sum_lanes(V v) {
 }
 
 // 2^x: x = n + r with |r| <= 1/2, 2^r by a minimax polynomial (Remez, relative error 7.5e-8 at degree 5, 7.5e-5 at degree 3;
-// bf16 keeps 8 bits, so degree 3 serves it). Zero below -126, which -inf relies on; NaN stays NaN. x must stay below 128.
+// bf16 keeps 8 bits, so degree 3 serves it). Zero or denormal below -126 and zero for -inf; NaN stays NaN. x must stay below 127.
 template <int L, int kDegree>
 TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
   static_assert(kDegree == 3 || kDegree == 5);

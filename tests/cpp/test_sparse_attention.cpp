@@ -315,12 +315,14 @@ std::vector<int64_t> cut(int64_t n) {
 // scratch memory of exactly this size, all of it NaN
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(aligned_alloc(64, bytes))) { memset(data_, 0xff, bytes); }
+  explicit Scratch(int64_t bytes) : bytes_(bytes), data_(static_cast<char*>(aligned_alloc(64, bytes))) { spoil(); }
   Scratch(const Scratch&) = delete;
   ~Scratch() { free(data_); }
   operator char*() const { return data_; }
+  void spoil() const { memset(data_, 0xff, bytes_); }
 
  private:
+  int64_t bytes_;
   char* data_;
 };
 
@@ -335,7 +337,7 @@ void run_forward(const Problem& problem, const SparseAttentionLoops& loops) {
   const int64_t keys = longest(problem.key_lists);
   if (loops.is_short(p, longest(problem.query_lists), keys) && chance(0.8)) {
     const std::vector<int64_t> cuts = cut(p.sequences * p.query_heads);
-    for (size_t i = 1; i < cuts.size(); ++i) loops.forward_short(p, cuts[i - 1], cuts[i], false, Scratch(loops.forward_scratch(p, keys)));
+    for (size_t i = 1; i < cuts.size(); ++i) loops.forward_short(p, cuts[i - 1], cuts[i], Scratch(loops.forward_scratch(p, keys)));
     return;
   }
   for (int64_t s = 0; s < p.sequences; ++s)
@@ -343,8 +345,12 @@ void run_forward(const Problem& problem, const SparseAttentionLoops& loops) {
       int64_t blocks = 0;
       for (int64_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) blocks += loops.query_blocks(p.queries.at(s, h).count);
       const std::vector<int64_t> cuts = cut(blocks);
-      for (size_t i = 1; i < cuts.size(); ++i)
-        loops.forward(p, s, kv, cuts[i - 1], cuts[i], false, Scratch(loops.forward_scratch(p, p.keys.at(s, kv).count)));
+      const Scratch scratch(loops.forward_scratch(p, p.keys.at(s, kv).count));
+      for (size_t i = 1; i < cuts.size(); ++i) {
+        const bool packed = i > 1 && chance(0.5);
+        if (!packed) scratch.spoil();
+        loops.forward(p, s, kv, cuts[i - 1], cuts[i], packed, scratch);
+      }
     }
 }
 
