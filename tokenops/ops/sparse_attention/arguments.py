@@ -238,11 +238,13 @@ def check_grid(out: Tensor, shape: tuple[int, ...], problem: AttentionProblem) -
         raise ValueError(f"out must not be expanded (several rows in one place), got strides {out.stride()}")
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         raise ValueError(f"out must have a dense last dimension, got strides {out.stride()}")
-    # a tracer's tensors have no memory to compare
-    if not torch.compiler.is_compiling():
-        for name, x in inputs.items():
-            if _overlap(out, x):
-                raise ValueError(f"out must not share memory with {name}")
+
+
+def check_overlap(out: Tensor, problem: AttentionProblem) -> None:
+    """Whether they lie apart. Asked where the operator runs: a tracer's tensors have no memory to compare."""
+    for name, x in problem._asdict().items():
+        if isinstance(x, Tensor) and _overlap(out, x):
+            raise ValueError(f"out must not share memory with {name}")
 
 
 def as_grid_view(out: Tensor, grids: Grids) -> Tensor:
