@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import as_index, as_int32, check_device, check_tensor, dense, flat_batch, per_head
+from tokenops.ops.arguments import as_index, as_int32, check_device, check_tensor, dense, flat_batch, per_head, refuse_forward_mode
 from tokenops.types import AttentionProblem, Aux, TokenIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +136,7 @@ def _problem(
     kv_bias: Tensor | None,
 ) -> AttentionProblem:
     query, key, value, batch, _ = grids
+    refuse_forward_mode(query, key, value, kv_bias, attn_mask)
     if query.shape[3] == 0:
         raise ValueError(f"query must have a head width D of at least 1, got {list(query.shape)}")
     return AttentionProblem(
