@@ -39,7 +39,23 @@ ROOF_SECONDS = 0.6
 # what a table needs where the output is no terminal with a width of its own
 PLAIN_WIDTH = 132
 
-OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
+CHARTS = (".png", ".pdf", ".svg")
+
+
+class Output(click.Path):
+    """A file to write when the run is over: what would keep us from it must show before."""
+
+    def __init__(self, endings: Sequence[str] = ()) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))
+        if not path.parent.is_dir():
+            self.fail(f"there is no directory {str(path.parent)!r}", param, ctx)
+        if self.endings and path.suffix.lower() not in self.endings:
+            self.fail(f"{str(path)!r} must end in {', '.join(self.endings)}", param, ctx)
+        return path
 
 
 def console() -> Console:
@@ -66,8 +82,8 @@ def cli() -> None:
 @click.option("--isa", type=click.Choice(list(allocator.ISA_VARIABLES)), help="Hold every contender to these CPU instructions, peers too.")
 @click.option("--video", "video_path", type=click.Path(), help="For the video cases.  [default: an excerpt of Big Buck Bunny]")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 2 quick, 6 full]")
-@click.option("--json", "json_path", type=OUTPUT, help="Write every number and the environment here.")
-@click.option("--chart", "chart_path", type=OUTPUT, help="Draw the ratios here (PNG, PDF or SVG).")
+@click.option("--json", "json_path", type=Output(), help="Write every number and the environment here.")
+@click.option("--chart", "chart_path", type=Output(CHARTS), help="Draw the ratios here (PNG, PDF or SVG).")
 @click.option("--dry-run", is_flag=True, help="List cases and who would take part, or why not; time nothing.")
 def bench(
     rooms: tuple[str, ...],

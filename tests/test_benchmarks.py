@@ -464,6 +464,10 @@ def test_select_cases() -> None:
         (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
         (["--video", "absent.mp4", "--case", "video"], "cannot read 'absent.mp4' as a video"),
         (["--dtype", "fp12"], "'fp12' is not one of 'fp32', 'bf16', 'fp16'"),
+        # known before the run, not when its numbers would be lost
+        (["--json", "no-such-place/x.json"], "'--json': there is no directory 'no-such-place'"),
+        (["--chart", "no-such-place/x.png"], "'--chart': there is no directory 'no-such-place'"),
+        (["--chart", "chart.doc"], "'--chart': 'chart.doc' must end in .png, .pdf, .svg"),
     ],
 )
 def test_clear_errors(arguments: list[str], message: str) -> None:

@@ -116,6 +116,18 @@ def test_it_nests_decorates_and_ends(qkv: tuple[Tensor, ...], routed: list[Tenso
     assert len(routed) == 3
 
 
+def test_another_patch_of_the_function_comes_back(qkv: tuple[Tensor, ...], routed: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*arguments: object, **_: object) -> str:
+        return "theirs"
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", theirs)
+    with tokenops.patch_sdpa():
+        torch.nn.functional.scaled_dot_product_attention(*qkv)
+        assert torch.nn.functional.scaled_dot_product_attention(*qkv, dropout_p=0.5) == "theirs"
+    assert len(routed) == 1
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+
+
 def test_other_threads_are_left_alone(qkv: tuple[Tensor, ...], routed: list[Tensor]) -> None:
     with tokenops.patch_sdpa():
         for function in (scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):

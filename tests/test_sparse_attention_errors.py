@@ -299,6 +299,10 @@ def test_grid_must_not_share_memory_with_an_input(name: str, device: str) -> Non
     shifted = buffer.flatten()[8:][: call[name].numel() * 3]
     with pytest.raises(ValueError, match="out must not share memory with"):
         tokenops.sparse_attention(**call, out=shifted[: call[name].numel()].view(2, 4, 19, 16))
+    # nor past the door
+    p = tokenops.ops.sparse_attention.as_problem(**call)[0]
+    with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
+        torch.ops.tokenops.sparse_attention_(call[name], *p[:7], None, 0.0, False, p.scale, False, None)
     # slices that interleave in one buffer do not overlap
     slices = torch.zeros(2, 19, 4, 4, 16, device=device).transpose(1, 3).unbind(2)
     tokenops.sparse_attention(*slices[:3], out=slices[3])

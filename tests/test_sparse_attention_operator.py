@@ -111,6 +111,17 @@ def test_double_backward_is_refused(operator: tuple[str, tuple[Any, ...]]) -> No
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "kv_bias"])
+def test_forward_mode_is_refused(name: str, device: str) -> None:
+    call = listed(device, bias=True)
+    tangent = torch.ones_like(call[name])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: tokenops.sparse_attention(**{**call, name: x}), (call[name],), (tangent,))
+    # of something else, beside a call that it does not pass through
+    _, derivative = torch.func.jvp(lambda x: tokenops.sparse_attention(**call).sum() * x.sum(), (call[name],), (tangent,))
+    torch.testing.assert_close(derivative, tokenops.sparse_attention(**call).sum() * tangent.numel())
+
+
 # compiled
 
 

@@ -57,6 +57,11 @@ def test_an_index_from_a_mask_selects_what_the_mask_shows(device: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_vmap_is_a_loop(device: str) -> None:
+    masks = torch.rand(4, 19, generator=torch.Generator().manual_seed(0)).to(device) > 0.5
+    assert torch.equal(torch.vmap(lambda mask: tokenops.mask_from_index(tokenops.index_from_mask(mask), 19))(masks), masks)
+
+
 @pytest.mark.parametrize(
     ("mask", "max_k", "error", "message"),
     [

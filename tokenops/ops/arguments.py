@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenops.types import TokenIndex
 
@@ -18,6 +19,14 @@ def check_tensor(name: str, value: object) -> None:
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Operators have a gradient formula only; torch would silently take their forward-mode derivative for zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("no forward-mode derivative (jvp, jacfwd): differentiate backward instead")
 
 
 def as_index(name: str, index: Tensor | TokenIndex, batch: tuple[int, ...], heads: int, last: str, grid_name: str, grid: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from tokenops.ops.sparse_attention.arguments import as_problem
 
 _torch_sdpa = functional.scaled_dot_product_attention
 _lock, _users = Lock(), 0
+# what stands in torch.nn.functional while nobody routes: torch's function, or another patch of it
+_unrouted = _torch_sdpa
 
 
 class _Here(local):
@@ -65,14 +67,16 @@ def _routed_sdpa(*args: Any, **kwargs: Any) -> Any:
     """Stands in torch.nn.functional as long as anybody routes: this is how multi_head_attention_forward finds it."""
     if _here.depth > 0 and _has_kernel(*args, **kwargs):
         return sparse_attention(*args, **kwargs)
-    return _torch_sdpa(*args, **kwargs)
+    return _unrouted(*args, **kwargs)
 
 
 def _count_users(change: int) -> None:
-    global _users
+    global _users, _unrouted
     with _lock:
+        if _users == 0:
+            _unrouted = functional.scaled_dot_product_attention
         _users += change
-        functional.scaled_dot_product_attention = _routed_sdpa if _users > 0 else _torch_sdpa
+        functional.scaled_dot_product_attention = _routed_sdpa if _users > 0 else _unrouted
 
 
 def _has_kernel(
@@ -90,7 +94,7 @@ def _has_kernel(
         return False
     try:
         problem, _ = as_problem(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NotImplementedError):
         # torch says what is wrong in its own words
         return False
     needs = ("attn_mask",) if attn_mask is not None and attn_mask.requires_grad else ()

@@ -61,4 +61,4 @@ def mask_from_index(index: Tensor | TokenIndex, n: int) -> Tensor:
     # empty slots all write to one more column, which is cut off
     target = index.long().masked_fill((index < 0) | (index >= n), n)
     mask = torch.zeros(*index.shape[:-1], n + 1, dtype=torch.bool, device=index.device)
-    return mask.scatter_(-1, target, True)[..., :n].contiguous()
+    return mask.scatter(-1, target, True)[..., :n].contiguous()

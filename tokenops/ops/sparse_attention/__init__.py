@@ -73,7 +73,7 @@ def sparse_attention(
         ValueError: sizes, ranks or devices disagree, an id is out of range or repeated (checked on the CPU; on a GPU if TOKENOPS_CHECK=1),
             the name of a backend or of an aux is unknown, out overlaps an input.
         TypeError: a dtype is wrong, or an index is a bool mask (see ``index_from_mask``).
-        NotImplementedError: the named backend cannot serve the call, with its reasons.
+        NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
         RuntimeError: out is given where a gradient is needed; the result is differentiated twice.
 
     >>> x = torch.randn(2, 8, 196, 64)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import as_index, as_int32, check_device, check_tensor, dense, flat_batch, per_head
+from tokenops.ops.arguments import as_index, as_int32, check_device, check_tensor, dense, flat_batch, per_head, refuse_forward_mode
 from tokenops.types import AttentionProblem, Aux, TokenIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +136,7 @@ def _problem(
     kv_bias: Tensor | None,
 ) -> AttentionProblem:
     query, key, value, batch, _ = grids
+    refuse_forward_mode(query, key, value, kv_bias, attn_mask)
     if query.shape[3] == 0:
         raise ValueError(f"query must have a head width D of at least 1, got {list(query.shape)}")
     return AttentionProblem(
@@ -238,11 +239,13 @@ def check_grid(out: Tensor, shape: tuple[int, ...], problem: AttentionProblem) -
         raise ValueError(f"out must not be expanded (several rows in one place), got strides {out.stride()}")
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         raise ValueError(f"out must have a dense last dimension, got strides {out.stride()}")
-    # a tracer's tensors have no memory to compare
-    if not torch.compiler.is_compiling():
-        for name, x in inputs.items():
-            if _overlap(out, x):
-                raise ValueError(f"out must not share memory with {name}")
+
+
+def check_overlap(out: Tensor, problem: AttentionProblem) -> None:
+    """Whether they lie apart. Asked where the operator runs: a tracer's tensors have no memory to compare."""
+    for name, x in problem._asdict().items():
+        if isinstance(x, Tensor) and _overlap(out, x):
+            raise ValueError(f"out must not share memory with {name}")
 
 
 def as_grid_view(out: Tensor, grids: Grids) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
+from tokenops.ops.sparse_attention.arguments import check_overlap
 from tokenops.ops.sparse_attention.backends import BACKENDS
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionGradients, AttentionProblem
@@ -126,6 +127,7 @@ def _forward_fake(form: _Form, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
 def _in_place(form: _Form, grid: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, row_sq, backend = arguments
     problem = form.problem(*given)
+    check_overlap(grid, problem)
     lse, squares = _allocate_rows(problem), _allocate_rows(problem, row_sq)
     _serve(problem, form.to_grid(grid), lse, squares if row_sq else None, True, backend)
     return form.from_grid(lse), form.from_grid(squares)
