@@ -249,6 +249,17 @@ def every_visible_key_lies_far_below_an_empty_slot() -> None:
 
 
 @check
+def causal_lists_meet_at_the_edge_of_a_block() -> None:
+    """The first query that sees a block of keys in the last slot of a block of queries, and the like for the last key."""
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "query_rows": 40, "key_rows": 40, "width": 16}
+    for q_from, k_from in ((1, 0), (0, 1), (17, 2)):
+        call = build(Case("", sizes), torch.float32)
+        lists = {"q_index": torch.arange(q_from, 40), "kv_index": torch.arange(k_from, 40)}
+        with small_tiles():
+            assert_right({**call, **lists, "is_causal": True}, "triton")
+
+
+@check
 def nan_reaches_exactly_what_it_must() -> None:
     call = _listed()
     clean = _forward(problem_of(call))[0]

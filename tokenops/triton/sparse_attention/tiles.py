@@ -47,18 +47,18 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     # float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers: hence the small blocks
     ("forward", 4): {
-        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 32, 8, 2)),
-        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(32, 16, 8, 2)),
+        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 16, 4, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(16, 16, 4, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_query", 4): {
-        64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 4, 2), masked=Tiles(32, 16, 4, 2)),
+        64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 8, 2), masked=Tiles(32, 16, 4, 2)),
         128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
-        256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        256: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_key_value", 4): {
-        64: Rows(plain=Tiles(16, 32, 8, 2), biased=Tiles(16, 32, 8, 2), masked=Tiles(16, 32, 8, 2)),
-        128: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        64: Rows(plain=Tiles(32, 32, 8, 2), biased=Tiles(16, 32, 4, 2), masked=Tiles(16, 16, 4, 2)),
+        128: Rows(plain=Tiles(16, 32, 8, 2), biased=Tiles(16, 16, 8, 1), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
     },
 }
@@ -126,6 +126,8 @@ def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize
     held *= d if kernel == "forward" else d + dv
     streamed *= d + dv
     tile = tiles.block_q * tiles.block_k
-    # per-slot vectors are copied ahead too, and reductions and layout changes take a little
-    vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages
-    return itemsize * (held + streamed * tiles.num_stages + tile) + mask_itemsize * tile * tiles.num_stages + vectors + 2048
+    # p, and ds in a backward pass, on their way into the next product (sm_100 reads them from shared memory)
+    between = tile if kernel == "forward" else 2 * tile
+    # per-slot vectors are copied ahead too; reductions and layout changes take the rest, on sm_100 the most
+    vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages + 8192
+    return itemsize * (held + streamed * tiles.num_stages + between) + mask_itemsize * tile * tiles.num_stages + vectors
