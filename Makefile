@@ -17,7 +17,7 @@ pip := $(python) -m pip --quiet --disable-pip-version-check install
 library := build/.library
 export PATH := $(abspath $(venv)/bin):$(PATH)
 
-.PHONY: help test test-full bench gpu-check gpu-test gpu-bench sanitize lint format clean
+.PHONY: help test test-full bench gpu-check gpu-test gpu-bench sanitize lint lint-python lint-types lint-cpp format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,18 +53,44 @@ test: $(library)
 	$(python) -m pytest $(ARGS)
 
 test-full: sanitize $(library)
-	$(python) -m pytest -m "full or not full" $(ARGS)
+	$(python) -m pytest -m "full or not full" --hypothesis-profile=full $(ARGS)
+
+# the Python tests run on a second package whose library holds the sanitizers; torch itself does not, hence the preloading
+sanitize: $(library)
+	TOKENOPS_SANITIZE=1 TOKENOPS_BUILD=cpu $(python) setup.py --quiet build --build-lib build/sanitize/lib
+	isas=$$($(python) -c 'from tokenops import native; print(*native.cpu_isas())'); \
+	for test in $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(wildcard tests/cpp/test_*.cpp)); do $$test $$isas || exit 1; done
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  TOKENOPS_SANITIZE=1 PYTHONPATH=build/sanitize/lib pytest tests -k "cpu and not (compile or benchmark or interpreter) or record_describes" $(ARGS)
 
 bench: $(library)
 	$(python) -m tokenops.benchmarks bench --preset quick $(ARGS)
 
+gpu-check: $(environment)
+	$(python) tests/gpu_check.py $(ARGS)
+
+gpu-test: $(library)
+	TOKENOPS_TEST_DEVICE=cuda $(python) -m pytest $(ARGS)
+
+gpu-bench: $(library)
+	mkdir -p benchmarks/results
+	$(python) -m tokenops.benchmarks bench --device cuda --preset full $(ARGS) \
+	  --json "benchmarks/results/$$($(python) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+
 cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-lint: $(environment)
+# three, so that `make -k lint` hears all of them
+lint: lint-python lint-types lint-cpp
+
+lint-python: $(environment)
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $(cpp_files)
+
+lint-types: $(environment)
 	mypy
+
+lint-cpp: $(environment)
+	clang-format --dry-run -Werror $(cpp_files)
 
 format: $(environment)
 	ruff check --fix .

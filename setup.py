@@ -13,6 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
+
+# without build isolation nobody checks what pyproject.toml asks for, and the errors of an old one are riddles
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"tokenops: building needs setuptools >= 77, got {setuptools.__version__} (pip install --upgrade setuptools)")
+
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build

@@ -64,8 +64,9 @@ def expected(call: Call, grad_out: Tensor | None, wanted: tuple[str, ...] = DIFF
     out, lse, row_sq = reference.attention(problem_of(call))
     if is_packed(call):
         out, lse, row_sq = out.squeeze(0).transpose(0, 1), lse.squeeze(0), row_sq.squeeze(0)
-    grads = {}
-    if grad_out is not None:
+    grads = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    # a packed call of no sequences depends on none of them
+    if grad_out is not None and out.requires_grad:
         found = torch.autograd.grad(out, list(leaves.values()), grad_out.double(), allow_unused=True, materialize_grads=True)
         grads = dict(zip(leaves, found, strict=True))
     return Results(out.detach(), lse.detach(), row_sq.detach(), grads)

@@ -37,16 +37,32 @@ struct Bf16Dot {
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kTileVectors = 3;
 
-template <class Dot, int L, int R, int V>
+template <int L, int R, int V>
+TOKENOPS_INLINE void clear(VecF<L> (&c)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) c[r][v] = VecF<L>{};
+}
+
+struct Nothing {
+  TOKENOPS_INLINE void operator()() const {}
+};
+
+// `also` runs once a step, in the shadow of the products: a place to fetch what comes next
+template <class Dot, int L, int R, int V, class Also = Nothing>
 TOKENOPS_INLINE void multiply_tile(const typename Dot::Scalar* a, int64_t a_row, int64_t a_step, const typename Dot::Scalar* b,
-                                   int64_t b_step, int64_t steps, VecF<L> (&c)[R][V]) {
-  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
+                                   int64_t b_step, int64_t steps, VecF<L> (&c)[R][V], Also&& also = {}) {
+  // two bases four rows apart, so that all rows are reached with three registers of offsets and none is spilled
+  const typename Dot::Scalar* a4 = a + 4 * a_row;
+  for (int64_t k = 0; k < steps; ++k, a += a_step, a4 += a_step, b += b_step) {
+    also();
     VecF<L> across[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) across[v] = load_bits<VecF<L>>(b + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      typename Dot::Scalar down = a[r * a_row];
+      const typename Dot::Scalar down = r < 4 ? a[r * a_row] : a4[(r - 4) * a_row];
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) c[r][v] = Dot::template multiply_add<L>(down, across[v], c[r][v]);
     }

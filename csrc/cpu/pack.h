@@ -21,24 +21,21 @@ struct Rows {
   const T* at(int64_t i) const { return base + row[i] * stride; }
 };
 
-// the L scalars from `from` on of a row of `width` elements, zeros past its end
+// L scalars of a row from `from` on, or only the first n of them and then zeros
 template <class Dot, int L, class T>
-TOKENOPS_INLINE VecF<L> load_scalars(const T* row, int64_t from, int64_t width) {
-  constexpr int k = Dot::kPerScalar;
-  int64_t left = width / k - from;
-  if constexpr (k == 1) {
-    return left >= L ? load<L>(row + from) : load_first<L>(row + from, left);
-  } else {
-    const float* pairs = (const float*)(const void*)row;
-    return left >= L ? load<L>(pairs + from) : load_first<L>(pairs + from, left);
-  }
+TOKENOPS_INLINE VecF<L> load_scalars(const T* row, int64_t from) {
+  return Dot::kPerScalar == 1 ? load<L>(row + from) : load<L>((const float*)(const void*)row + from);
+}
+template <class Dot, int L, class T>
+TOKENOPS_INLINE VecF<L> load_first_scalars(const T* row, int64_t from, int64_t n) {
+  return Dot::kPerScalar == 1 ? load_first<L>(row + from, n) : load_first<L>((const float*)(const void*)row + from, n);
 }
 
 // to[i][c]: rows as they are. Contracted over the width when rows are broadcast.
 template <class Dot, class T>
 void pack_rows(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
   constexpr int L = kLanes;
-  int64_t scalars = width / Dot::kPerScalar;
+  const int64_t scalars = width / Dot::kPerScalar;
   for (int64_t i = 0; i < count; ++i, to += to_row) {
     if (i >= rows.count) {
       memset(to, 0, scalars * sizeof(*to));
@@ -46,11 +43,10 @@ void pack_rows(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, in
     }
     const T* row = rows.at(i);
     int64_t c = 0;
-    for (; c + L <= scalars; c += L) store_bits(to + c, load_scalars<Dot, L>(row, c, width));
-    if (c < scalars) {
-      VecF<L> last = load_scalars<Dot, L>(row, c, width);
-      memcpy(to + c, &last, (scalars - c) * sizeof(*to));
-    }
+    for (; c + L <= scalars; c += L) store_bits(to + c, load_scalars<Dot, L>(row, c));
+    if (c == scalars) continue;
+    const VecF<L> last = load_first_scalars<Dot, L>(row, c, scalars - c);
+    memcpy(to + c, &last, (scalars - c) * sizeof(*to));
   }
 }
 
@@ -88,23 +84,44 @@ void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, i
 template <class Dot, class T>
 void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width) {
   constexpr int L = kLanes;
-  int64_t scalars = width / Dot::kPerScalar, to_row = vectors * L;
-  for (int64_t v = 0; v < vectors; ++v)
-    for (int64_t c = 0; c < scalars; c += L) {
+  static const T zeros[256] = {};  // the widest row: a missing row reads from here
+  const int64_t scalars = width / Dot::kPerScalar, to_row = vectors * L;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const T* from[L];
+    for (int i = 0; i < L; ++i) from[i] = v * L + i < rows.count ? rows.at(v * L + i) : zeros;
+    typename Dot::Scalar* column = to + v * L;
+    int64_t c = 0;
+    for (; c + L <= scalars; c += L) {
       VecF<L> tile[L];
-      for (int i = 0; i < L; ++i) {
-        int64_t r = v * L + i;
-        tile[i] = r < rows.count ? load_scalars<Dot, L>(rows.at(r), c, width) : VecF<L>{};
-      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) tile[i] = load_scalars<Dot, L>(from[i], c);
       transpose<L>(tile);
-      for (int i = 0; i < smaller(L, scalars - c); ++i) store_bits(to + (c + i) * to_row + v * L, tile[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store_bits(column + (c + i) * to_row, tile[i]);
     }
+    if (c == scalars) continue;
+    VecF<L> tile[L];
+    for (int i = 0; i < L; ++i) tile[i] = load_first_scalars<Dot, L>(from[i], c, scalars - c);
+    transpose<L>(tile);
+    for (int i = 0; i < scalars - c; ++i) store_bits(column + (c + i) * to_row, tile[i]);
+  }
+}
+
+// the elements of a result row from `column` on
+template <int L, class T>
+TOKENOPS_INLINE void write(T* row, int64_t column, int64_t width, VecF<L> values, bool past_caches) {
+  if (width - column < L)
+    store_first<L>(row + column, values, width - column);
+  else if (past_caches)
+    stream<L>(row + column, values);
+  else
+    store<L>(row + column, values);
 }
 
 // to.at(i)[c] = from[c][i] * factor[i]: lanes back into rows
 template <class T>
 void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t vectors, const float* factor,
-                  int64_t width) {
+                  int64_t width, bool past_caches) {
   constexpr int L = kLanes;
   for (int64_t v = 0; v * L < count; ++v) {
     VecF<L> by = load<L>(factor + v * L);
@@ -114,8 +131,7 @@ void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, cons
       for (int i = 0; i < L; ++i) tile[i] = i < columns ? load<L>(from + ((c + i) * vectors + v) * L) * by : VecF<L>{};
       transpose<L>(tile);
       for (int i = 0; i < smaller(L, count - v * L); ++i) {
-        T* at = to + row[v * L + i] * to_row + c;
-        columns == L ? store<L>(at, tile[i]) : store_first<L>(at, tile[i], columns);
+        write<L>(to + row[v * L + i] * to_row, c, width, tile[i], past_caches);
       }
     }
   }
@@ -123,16 +139,11 @@ void unpack_lanes(T* to, int64_t to_row, const int32_t* row, int64_t count, cons
 
 // to.at(i)[c] = from[i][c] * factor; from_row is a multiple of the lanes
 template <class T>
-void unpack_rows(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t from_row, float factor,
-                 int64_t width) {
+void unpack_rows(T* to, int64_t to_row, const int32_t* row, int64_t count, const float* from, int64_t from_row, float factor, int64_t width,
+                 bool past_caches) {
   constexpr int L = kLanes;
   for (int64_t i = 0; i < count; ++i, from += from_row)
-    for (int64_t c = 0; c < width; c += L) {
-      int64_t columns = smaller(L, width - c);
-      VecF<L> values = load<L>(from + c) * factor;
-      T* at = to + row[i] * to_row + c;
-      columns == L ? store<L>(at, values) : store_first<L>(at, values, columns);
-    }
+    for (int64_t c = 0; c < width; c += L) write<L>(to + row[i] * to_row, c, width, load<L>(from + c) * factor, past_caches);
 }
 
 template <class T>

@@ -21,25 +21,35 @@ TOKENOPS_ISAS
 
 namespace {
 
+// Results beyond this size are streamed: they would push the inputs out of the second-level caches and be gone from them anyway.
+constexpr int64_t kCaches = 4 << 20;
 constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
 
 enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16"); return Storage::f32;
+    case ScalarType::Float:
+      return Storage::f32;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    default:
+      STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16");
+      return Storage::f32;
   }
 }
 
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
   switch (storage_of(t)) {
-    case Storage::f32: return Mask::f32;
-    case Storage::bf16: return Mask::bf16;
-    case Storage::f16: return Mask::f16;
+    case Storage::f32:
+      return Mask::f32;
+    case Storage::bf16:
+      return Mask::bf16;
+    case Storage::f16:
+      return Mask::f16;
   }
   return Mask::none;
 }
@@ -118,6 +128,14 @@ struct Call {
 
   bool valid() const { return queries.valid() && keys.valid(); }
 
+  // of `width` elements for each listed query
+  int64_t result_bytes(int64_t width) const {
+    int64_t rows = 0;
+    for (int64_t s = 0; s < p.sequences; ++s)
+      for (int64_t h = 0; h < p.query_heads; ++h) rows += p.queries.at(s, h).count;
+    return rows * width * (p.storage == Storage::f32 ? 4 : 2);
+  }
+
   void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
     check_statistic("lse", lse);
     p.lse = const_cast<float*>(lse.const_data_ptr<float>());
@@ -147,8 +165,9 @@ struct Call {
 
 const SparseAttentionLoops& loops_of(const std::string& isa) {
   switch (isa_of(isa)) {
-#define X(isa) \
-  case Isa::isa: return isa::sparse_attention();
+#define X(isa)   \
+  case Isa::isa: \
+    return isa::sparse_attention();
     TOKENOPS_ISAS
 #undef X
   }
@@ -163,12 +182,15 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   call.set_statistics(lse, row_sq);
-  p.out = grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
+  p.out =
+      grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
   p.out_by_row = by_row;
+  p.past_caches = call.result_bytes(p.value_width) > kCaches;
 
   const int64_t scratch_bytes = loops.forward_scratch(p, call.keys.longest());
   if (loops.is_short(p, call.queries.longest(), call.keys.longest())) {
-    const int64_t heads = p.sequences * p.query_heads, pieces = std::min<int64_t>(heads, kPiecesPerThread * torch::stable::get_num_threads());
+    const int64_t heads = p.sequences * p.query_heads,
+                  pieces = std::min<int64_t>(heads, kPiecesPerThread * torch::stable::get_num_threads());
     const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t i, char* scratch) {
       loops.forward_short(p, heads * i / pieces, heads * (i + 1) / pieces, scratch);
     });
@@ -208,8 +230,8 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
 
 int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor grad_value, OptionalTensor grad_bias, Tensor grad_out,
                  Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, OptionalTensor q_index, OptionalTensor kv_index,
-                 OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                 bool is_causal, double scale, std::string isa) {
+                 OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
+                 double scale, std::string isa) {
   const SparseAttentionLoops& loops = loops_of(isa);
   Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true);
   if (!call.valid()) return kBadContents;
@@ -218,6 +240,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
   const int64_t rows = query.size(2), columns = key.size(2);
   call.set_statistics(lse, std::nullopt);
   p.out = grid_of("out", out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
+  p.past_caches = call.result_bytes(p.width) > kCaches;
   p.grad_out = grid_of("grad_out", grad_out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
   if (grad_query) p.grad_query = grid_of("grad_query", *grad_query, dtype, call.batch, p.query_heads, rows, p.width, call.packed);
   if (grad_key) p.grad_key = grid_of("grad_key", *grad_key, dtype, call.batch, p.kv_heads, columns, p.width, call.packed);

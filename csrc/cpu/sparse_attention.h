@@ -11,14 +11,14 @@ enum class Mask { none, boolean, f32, bf16, f16 };
 
 // One list of grid rows: an index list without its empty slots, or a plain range.
 struct RowList {
-  const int32_t* row;    // [count] rows of the grid
-  const int32_t* slot;   // [count] where each stands in the list as it was given: its row in a compact result
-  const int32_t* rank;   // [count] what causal compares: the grid row, or the place within a packed sequence
+  const int32_t* row;   // [count] rows of the grid
+  const int32_t* slot;  // [count] where each stands in the list as it was given: its row in a compact result
+  const int32_t* rank;  // [count] what causal compares: the grid row, or the place within a packed sequence
   int64_t count;
   bool range;            // rows follow one another without a gap
   const int32_t* empty;  // [empties] slots that name no row
   int64_t empties;
-  const int32_t* rest;   // [rests] grid rows that no list names and that this list's owner fills with zeros in a backward pass
+  const int32_t* rest;  // [rests] grid rows that no list names and that this list's owner fills with zeros in a backward pass
   int64_t rests;
 };
 
@@ -51,7 +51,8 @@ struct SparseAttention {
 
   // results, and in a backward pass inputs. Statistics are [sequence, query head, slot] with a dense last dimension.
   Grid out;
-  bool out_by_row;  // out is a grid and a result goes to its query's row, not to its slot
+  bool past_caches;  // the results exceed the caches: stream them
+  bool out_by_row;   // out is a grid and a result goes to its query's row, not to its slot
   float* lse;
   float* row_sq;  // or null
   int64_t stat_sequence, stat_head;
@@ -69,8 +70,8 @@ struct SparseAttention {
 // The loops of one instruction set. A head is a (sequence, kv head) with the query heads that share it; its query blocks are
 // counted through the group. Every function only writes what belongs to the block, head or key range it was given.
 struct SparseAttentionLoops {
-  int64_t (*query_blocks)(int64_t queries);                                 // blocks of one query head
-  int64_t (*forward_scratch)(const SparseAttention&, int64_t keys);         // bytes, for heads of up to that many keys
+  int64_t (*query_blocks)(int64_t queries);                          // blocks of one query head
+  int64_t (*forward_scratch)(const SparseAttention&, int64_t keys);  // bytes, for heads of up to that many keys
   void (*forward)(const SparseAttention&, int64_t sequence, int64_t kv_head, int64_t first_block, int64_t last_block, char* scratch);
   bool (*is_short)(const SparseAttention&, int64_t queries, int64_t keys);  // heads of up to that many may take the short path:
   void (*forward_short)(const SparseAttention&, int64_t first_head, int64_t last_head, char* scratch);  // all query heads in a row

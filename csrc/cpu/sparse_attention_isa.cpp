@@ -60,11 +60,16 @@ float dot_rows(const T* a, const T* b, int64_t width) {
 
 float mask_value(const SparseAttention& p, int64_t at) {
   switch (p.mask) {
-    case Mask::none: return 0.f;
-    case Mask::boolean: return ((const uint8_t*)p.mask_data)[at] ? 0.f : -kInfinity;
-    case Mask::f32: return to_log2(((const float*)p.mask_data)[at]);
-    case Mask::bf16: return to_log2(bf16_to_float(((const bf16*)p.mask_data)[at].bits));
-    case Mask::f16: return to_log2(half_to_float(((const f16*)p.mask_data)[at].bits));
+    case Mask::none:
+      return 0.f;
+    case Mask::boolean:
+      return ((const uint8_t*)p.mask_data)[at] ? 0.f : -kInfinity;
+    case Mask::f32:
+      return to_log2(((const float*)p.mask_data)[at]);
+    case Mask::bf16:
+      return to_log2(bf16_to_float(((const bf16*)p.mask_data)[at].bits));
+    case Mask::f16:
+      return to_log2(half_to_float(((const f16*)p.mask_data)[at].bits));
   }
   return 0.f;
 }
@@ -113,14 +118,11 @@ const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h
 }
 
 // S^T of one tile of keys in units of log2
-template <class Dot, int V>
-TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes, float scale,
-                                const float* bias, const float* added, VecF<L> (&s)[kTileRows][V]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) s[r][v] = VecF<L>{};
-  multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s);
+template <class Dot, int V, class Also = Nothing>
+TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes,
+                                float scale, const float* bias, const float* added, VecF<L> (&s)[kTileRows][V], Also&& also = {}) {
+  clear<L>(s);
+  multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s, also);
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -194,9 +196,12 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
 template <class F>
 TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
   switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
   }
 }
 
@@ -306,7 +311,7 @@ struct ForwardBlock {
     float inverse[lanes];
     write_statistics<V>(p, s, h, queries, first, last, top, total, squares, inverse);
     unpack_lanes(head_of<T>(p.out, s, h), p.out.row, (p.out_by_row ? queries.row : queries.slot) + first, last - first, sums, V, inverse,
-                 p.value_width);
+                 p.value_width, p.past_caches);
   }
 };
 
@@ -331,11 +336,11 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
   pack_steps<Dot>(panel.value_steps, p.value_width, rows_of<T>(p.value, s, kv_head, keys.row, keys.count), padded, p.value_width);
   const float* bias = pack_bias(panel.bias, p, s, kv_head, keys.row, keys.count, padded);
   for_query_blocks(p, s, kv_head, first_block, last_block, [&](int64_t h, int64_t first, int64_t last) {
-    with_vectors(query_vectors(last - first), [&](auto vectors) {
-      ForwardBlock<T, Dot, decltype(vectors)::value>(arena, p).run(p, s, h, first, last, panel, bias);
-    });
+    with_vectors(query_vectors(last - first),
+                 [&](auto vectors) { ForwardBlock<T, Dot, decltype(vectors)::value>(arena, p).run(p, s, h, first, last, panel, bias); });
     if (first == 0) forward_empty_slots<T>(p, s, h);
   });
+  stream_fence();
 }
 
 // ---- forward of short sequences: up to 32 queries and keys, thousands of heads ----
@@ -343,11 +348,44 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
 // A head stays in L1 and registers: one softmax over all its logits, no lazy maximum, no transpose of the result (P is the
 // broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
 
-constexpr int64_t kShort = 32;
+constexpr int64_t kShort = 32, kHeadsAhead = 2;
 
 bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
   return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
 }
+
+// Walks over the rows that a later head will read, a cache line at a time. The largest lever of this path: without it every
+// head starts with misses, and a burst of prefetches would wait for the same buffers.
+struct RowSpan {
+  const char* row;
+  int64_t rows, stride, bytes;
+};
+class Prefetcher {
+ public:
+  // spans end with one of no rows
+  TOKENOPS_INLINE explicit Prefetcher(const RowSpan* spans) : span_(spans), left_(spans->rows) { next_row(); }
+  TOKENOPS_INLINE void line() {
+    __builtin_prefetch(at_, 0, 2);
+    at_ += step_;
+    if (__builtin_expect(--lines_ == 0, 0)) next_row();
+  }
+
+ private:
+  TOKENOPS_INLINE void next_row() {
+    while (left_ == 0 && span_->bytes) ++span_, row_ = 0, left_ = span_->rows;
+    if (span_->bytes == 0) {
+      step_ = 0, lines_ = INT64_MAX;  // nothing left: stay on the last line
+      return;
+    }
+    at_ = span_->row + row_ * span_->stride, step_ = 64, lines_ = (span_->bytes + 63) / 64;
+    ++row_, --left_;
+  }
+
+  const RowSpan* span_;
+  int64_t left_, row_ = 0;
+  const char* at_ = nullptr;
+  int64_t step_ = 0, lines_ = 0;
+};
 
 template <class T, class Dot, int V>
 struct ShortHead {
@@ -366,14 +404,29 @@ struct ShortHead {
     bias = arena.take<float>(kShort);
   }
 
-  void run(const SparseAttention& p, int64_t s, int64_t h) {
+  static RowSpan span_of(const Grid& grid, int64_t s, int64_t h, const RowList& list, int64_t width) {
+    const T* first = head_of<T>(grid, s, h) + (list.count ? list.row[0] * grid.row : 0);
+    const int64_t bytes = width * (int64_t)sizeof(T), rows = list.range ? list.count : 0;
+    if (grid.row == width) return {(const char*)first, rows > 0, 0, rows ? rows * bytes : bytes};
+    return {(const char*)first, rows, grid.row * (int64_t)sizeof(T), bytes};
+  }
+
+  // (ahead_s, ahead_h): the head whose rows are fetched meanwhile
+  void run(const SparseAttention& p, int64_t s, int64_t h, int64_t ahead_s, int64_t ahead_h) {
+    const RowList &ahead_queries = p.queries.at(ahead_s, ahead_h), &ahead_keys = p.keys.at(ahead_s, ahead_h / p.group());
+    const RowSpan spans[4] = {span_of(p.query, ahead_s, ahead_h, ahead_queries, p.width),
+                              span_of(p.key, ahead_s, ahead_h / p.group(), ahead_keys, p.width),
+                              span_of(p.value, ahead_s, ahead_h / p.group(), ahead_keys, p.value_width),
+                              {nullptr, 0, 0, 0}};
+    Prefetcher ahead(spans);
     const int64_t kv_head = h / p.group();
     const RowList &queries = p.queries.at(s, h), &keys = p.keys.at(s, kv_head);
     const int64_t scalars = p.width / Dot::kPerScalar, count = queries.count, padded = round_up(keys.count, kTileRows);
     const float scale = p.scale * kLog2e;
     pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row, count), p.width);
 
-    const Rows<T> k_rows = rows_of<T>(p.key, s, kv_head, keys.row, keys.count), v_rows = rows_of<T>(p.value, s, kv_head, keys.row, keys.count);
+    const Rows<T> k_rows = rows_of<T>(p.key, s, kv_head, keys.row, keys.count),
+                  v_rows = rows_of<T>(p.value, s, kv_head, keys.row, keys.count);
     // a range of floats is read where it stands, unless the last tile would read past its end
     const bool in_place = std::is_same<T, float>::value && keys.range && keys.count == padded && keys.count;
     const Scalar *k_data = key_rows, *v_data = value_steps;
@@ -396,7 +449,8 @@ struct ShortHead {
     for (int v = 0; v < V; ++v) top[v] = splat<L>(kLowest), total[v] = squares[v] = VecF<L>{};
     for (int64_t j = 0; j < padded; j += kTileRows) {
       VecF<L> x[kTileRows][V];
-      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x);
+      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x,
+                         [&] { ahead.line(), ahead.line(); });
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -428,15 +482,12 @@ struct ShortHead {
       for (int64_t c = 0; c < vectors; c += 2)
         with_vectors(smaller(2, vectors - c), [&](auto n) {
           constexpr int W = decltype(n)::value;
-          VecF<L> sums[kTileRows][W] = {};
+          VecF<L> sums[kTileRows][W];
+          clear<L>(sums);
           multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums);
           for (int r = 0; r < smaller(kTileRows, count - i); ++r)
-            for (int w = 0; w < W; ++w) {
-              const int64_t column = (c + w) * L, left = p.value_width - column;
-              T* at = to + place[i + r] * p.out.row + column;
-              const VecF<L> result = sums[r][w] * inverse[i + r];
-              left >= L ? store<L>(at, result) : store_first<L>(at, result, left);
-            }
+            for (int w = 0; w < W; ++w)
+              write<L>(to + place[i + r] * p.out.row, (c + w) * L, p.value_width, sums[r][w] * inverse[i + r], p.past_caches);
         });
     forward_empty_slots<T>(p, s, h);
   }
@@ -445,12 +496,13 @@ struct ShortHead {
 template <class T, class Dot>
 void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
   for (int64_t i = first; i < last; ++i) {
-    const int64_t s = i / p.query_heads, h = i % p.query_heads;
+    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + kHeadsAhead, last - 1);
     const int64_t vectors = query_vectors(p.queries.at(s, h).count);
     with_vectors(vectors ? vectors : 1, [&](auto vectors) {
-      ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h);
+      ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h, next / p.query_heads, next % p.query_heads);
     });
   }
+  stream_fence();
 }
 
 template <class T, class Dot>
@@ -480,7 +532,7 @@ void multiply_wide(const typename Dot::Scalar* a, int64_t a_row, const typename 
 template <class Dot>
 struct BackwardKeys {
   typedef typename Dot::Scalar Scalar;
-  Scalar *rows, *steps, *value_rows;             // [key][D / kPerScalar], [key / kPerScalar][D], [key][Dv / kPerScalar]
+  Scalar *rows, *steps, *value_rows;                 // [key][D / kPerScalar], [key / kPerScalar][D], [key][Dv / kPerScalar]
   float *bias, *grad_rows, *grad_value, *grad_bias;  // [key], [key][D rounded up to vectors], [key][Dv likewise], [key]
 
   BackwardKeys(Arena& arena, const SparseAttention& p, int64_t keys) {
@@ -579,21 +631,21 @@ struct BackwardBlock {
       if (p.grad_key.data)
         multiply_wide<Dot>(slopes, lane_scalars, query_steps, lane_scalars, panel.grad_rows + block * columns, size, columns);
       if (p.grad_query.data)
-        multiply_block<Dot, L, V>(panel.steps + block / Dot::kPerScalar * p.width, 1, p.width, slope_steps, lanes,
-                                  size / Dot::kPerScalar, grad_query, lanes, p.width);
+        multiply_block<Dot, L, V>(panel.steps + block / Dot::kPerScalar * p.width, 1, p.width, slope_steps, lanes, size / Dot::kPerScalar,
+                                  grad_query, lanes, p.width);
     }
     if (!p.grad_query.data) return;
     if (p.grad_query_parts)
       unpack_lanes(p.grad_query_parts + part * p.part_stride + s * p.part_sequence + h * p.part_head, p.width, queries.slot + first, count,
-                   grad_query, V, factor, p.width);
+                   grad_query, V, factor, p.width, false);
     else
-      unpack_lanes(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.row + first, count, grad_query, V, factor, p.width);
+      unpack_lanes(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.row + first, count, grad_query, V, factor, p.width,
+                   p.past_caches);
   }
 };
 
 template <class T, class Dot>
-void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t part, int64_t first_key, int64_t last_key,
-                   char* scratch) {
+void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t part, int64_t first_key, int64_t last_key, char* scratch) {
   const RowList& keys = p.keys.at(s, kv_head);
   const int32_t* row = keys.row + first_key;
   const int64_t count = last_key - first_key, padded = round_up(count, kTileRows);
@@ -621,12 +673,12 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
   const bool whole = part == 0;  // the first part also writes the rows that no list names
   if (p.grad_key.data) {
     T* to = head_of<T>(p.grad_key, s, kv_head);
-    unpack_rows(to, p.grad_key.row, row, count, panel.grad_rows, columns, p.scale, p.width);
+    unpack_rows(to, p.grad_key.row, row, count, panel.grad_rows, columns, p.scale, p.width, p.past_caches);
     if (whole) zero_rows(to, p.grad_key.row, keys.rest, keys.rests, p.width);
   }
   if (p.grad_value.data) {
     T* to = head_of<T>(p.grad_value, s, kv_head);
-    unpack_rows(to, p.grad_value.row, row, count, panel.grad_value, value_columns, 1.f, p.value_width);
+    unpack_rows(to, p.grad_value.row, row, count, panel.grad_value, value_columns, 1.f, p.value_width, p.past_caches);
     if (whole) zero_rows(to, p.grad_value.row, keys.rest, keys.rests, p.value_width);
   }
   if (p.grad_bias) {
@@ -635,6 +687,7 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
     if (whole)
       for (int64_t j = 0; j < keys.rests; ++j) to[keys.rest[j]] = 0.f;
   }
+  stream_fence();
 }
 
 template <class T, class Dot>
@@ -671,17 +724,19 @@ typedef FloatDot DotOfBf16;
 
 #define TOKENOPS_BY_STORAGE(call_float, call_bf16, call_f16) \
   switch (p.storage) {                                       \
-    case Storage::f32: return call_float;                    \
-    case Storage::bf16: return call_bf16;                    \
-    case Storage::f16: return call_f16;                      \
+    case Storage::f32:                                       \
+      return call_float;                                     \
+    case Storage::bf16:                                      \
+      return call_bf16;                                      \
+    case Storage::f16:                                       \
+      return call_f16;                                       \
   }
 
-void forward(const SparseAttention& p, int64_t s, int64_t h, int64_t first, int64_t last, char* scratch) {
-  TOKENOPS_BY_STORAGE((forward_head<float, FloatDot>(p, s, h, first, last, scratch)),
-                      (forward_head<bf16, DotOfBf16>(p, s, h, first, last, scratch)),
-                      (forward_head<f16, FloatDot>(p, s, h, first, last, scratch)))
-}
-int64_t forward_scratch(const SparseAttention& p, int64_t keys) {
+void forward(const SparseAttention& p, int64_t s, int64_t h, int64_t first, int64_t last,
+             char* scratch){TOKENOPS_BY_STORAGE((forward_head<float, FloatDot>(p, s, h, first, last, scratch)),
+                                                (forward_head<bf16, DotOfBf16>(p, s, h, first, last, scratch)),
+                                                (forward_head<f16, FloatDot>(p, s, h, first, last, scratch)))} int64_t
+    forward_scratch(const SparseAttention& p, int64_t keys) {
   TOKENOPS_BY_STORAGE((forward_bytes<float, FloatDot>(p, keys)), (forward_bytes<bf16, DotOfBf16>(p, keys)),
                       (forward_bytes<f16, FloatDot>(p, keys)))
   return 0;
@@ -691,12 +746,11 @@ void forward_short(const SparseAttention& p, int64_t first, int64_t last, char* 
                       (forward_short_heads<bf16, DotOfBf16>(p, first, last, scratch)),
                       (forward_short_heads<f16, FloatDot>(p, first, last, scratch)))
 }
-void backward(const SparseAttention& p, int64_t s, int64_t h, int64_t part, int64_t first_key, int64_t last_key, char* scratch) {
-  TOKENOPS_BY_STORAGE((backward_head<float, FloatDot>(p, s, h, part, first_key, last_key, scratch)),
-                      (backward_head<bf16, DotOfBf16>(p, s, h, part, first_key, last_key, scratch)),
-                      (backward_head<f16, FloatDot>(p, s, h, part, first_key, last_key, scratch)))
-}
-int64_t backward_scratch(const SparseAttention& p, int64_t keys) {
+void backward(const SparseAttention& p, int64_t s, int64_t h, int64_t part, int64_t first_key, int64_t last_key,
+              char* scratch){TOKENOPS_BY_STORAGE((backward_head<float, FloatDot>(p, s, h, part, first_key, last_key, scratch)),
+                                                 (backward_head<bf16, DotOfBf16>(p, s, h, part, first_key, last_key, scratch)),
+                                                 (backward_head<f16, FloatDot>(p, s, h, part, first_key, last_key, scratch)))} int64_t
+    backward_scratch(const SparseAttention& p, int64_t keys) {
   TOKENOPS_BY_STORAGE((backward_bytes<float, FloatDot>(p, keys)), (backward_bytes<bf16, DotOfBf16>(p, keys)),
                       (backward_bytes<f16, FloatDot>(p, keys)))
   return 0;
@@ -709,7 +763,8 @@ void sum_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
 }  // namespace
 
 const SparseAttentionLoops& sparse_attention() {
-  static constexpr SparseAttentionLoops loops{query_blocks, forward_scratch, forward, is_short, forward_short, backward_scratch, backward, sum_parts};
+  static constexpr SparseAttentionLoops loops{query_blocks,  forward_scratch,  forward,  is_short,
+                                              forward_short, backward_scratch, backward, sum_parts};
   return loops;
 }
 

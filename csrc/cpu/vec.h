@@ -165,6 +165,37 @@ TOKENOPS_INLINE void store(f16* p, VecF<L> v) {
   for (int i = 0; i < L; ++i) p[i].bits = float_to_half(v[i]);
 }
 
+// a whole vector past the caches, if it lies on its own boundary; threads that wrote so call stream_fence() before they are done
+template <int L>
+TOKENOPS_INLINE void stream(float* p, VecF<L> v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16)
+    if ((uintptr_t)p % 64 == 0) return _mm512_stream_ps(p, (__m512)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8)
+    if ((uintptr_t)p % 32 == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store<L>(p, v);
+}
+template <int L>
+TOKENOPS_INLINE void stream(bf16* p, VecF<L> v) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16)
+    if ((uintptr_t)p % 32 == 0) return _mm256_stream_si256((__m256i*)(void*)p, (__m256i)to_bf16<L>(v));
+#endif
+  store<L>(p, v);
+}
+template <int L>
+TOKENOPS_INLINE void stream(f16* p, VecF<L> v) {
+  store<L>(p, v);
+}
+TOKENOPS_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // the first n of L elements; the rest read as zero and are not written. Goes through the stack: for ragged ends only.
 template <int L, class T>
 TOKENOPS_INLINE VecF<L> load_first(const T* p, int64_t n) {
@@ -255,21 +286,44 @@ TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
   return x < -126.f ? VecF<L>{} : scaled;
 }
 
-// one round of a transpose: exchange the off-diagonal step x step blocks of each 2 step x 2 step block
-template <int kStep, class V, int... i>
-TOKENOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+// Shuffles of a transpose, each one cheap instruction: units of kUnit floats of a and b alternate within every 128 bits, from their
+// low or high half; then whole 128-bit lanes, the even or the odd ones of a and then of b.
+template <int kUnit, int kHigh, class V, int... i>
+TOKENOPS_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int L = sizeof...(i);
-  V low = __builtin_shufflevector(a, b, (i & kStep ? L + i - kStep : i)...);
-  b = __builtin_shufflevector(a, b, (i & kStep ? L + i : i + kStep)...);
-  a = low;
+  return __builtin_shufflevector(a, b, (i / 4 * 4 + 2 * kHigh + i % kUnit + (i % 4 / (2 * kUnit)) * kUnit + i / kUnit % 2 * L)...);
 }
-// rows[i][j] <-> rows[j][i] in registers, log2(L) rounds
-template <int L, int kStep = 1>
+template <int kOdd, class V, int... i>
+TOKENOPS_INLINE V pick_lanes(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % (L / 2) / 4 * 8 + 4 * kOdd + i % 4 + i / (L / 2) * L)...);
+}
+template <class V, int L, class Order>
+TOKENOPS_INLINE void transpose_lanes(V* rows, int stride, std::integral_constant<int, L>, Order order) {
+  // rows[0], rows[stride], ...: as many 128-bit lanes as rows
+  V x0 = pick_lanes<0>(rows[0], rows[stride], order), x1 = pick_lanes<1>(rows[0], rows[stride], order);
+  if constexpr (L == 8) {
+    rows[0] = x0, rows[stride] = x1;
+  } else {
+    V y0 = pick_lanes<0>(rows[2 * stride], rows[3 * stride], order), y1 = pick_lanes<1>(rows[2 * stride], rows[3 * stride], order);
+    rows[0] = pick_lanes<0>(x0, y0, order), rows[stride] = pick_lanes<0>(x1, y1, order);
+    rows[2 * stride] = pick_lanes<1>(x0, y0, order), rows[3 * stride] = pick_lanes<1>(x1, y1, order);
+  }
+}
+// rows[i][j] <-> rows[j][i] in registers: 4 x 4 blocks within 128-bit lanes, then the lanes
+template <int L>
 TOKENOPS_INLINE void transpose(VecF<L> (&rows)[L]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i)
-    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, L>{});
-  if constexpr (2 * kStep < L) transpose<L, 2 * kStep>(rows);
+  constexpr std::make_integer_sequence<int, L> order{};
+#pragma GCC unroll 4
+  for (int i = 0; i < L; i += 4) {
+    VecF<L> a = interleave<1, 0>(rows[i], rows[i + 1], order), b = interleave<1, 1>(rows[i], rows[i + 1], order);
+    VecF<L> c = interleave<1, 0>(rows[i + 2], rows[i + 3], order), d = interleave<1, 1>(rows[i + 2], rows[i + 3], order);
+    rows[i] = interleave<2, 0>(a, c, order), rows[i + 1] = interleave<2, 1>(a, c, order);
+    rows[i + 2] = interleave<2, 0>(b, d, order), rows[i + 3] = interleave<2, 1>(b, d, order);
+  }
+  if constexpr (L > 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) transpose_lanes(rows + i, 4, std::integral_constant<int, L>{}, order);
 }
 
 }  // namespace TOKENOPS_ISA

@@ -20,7 +20,7 @@ def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
     Returns:
         TokenIndex of index [..., K] and count [...], both int32.
 
-    >>> index_from_mask(torch.tensor([[False, True, True], [True, False, False]]), max_k=2).index
+    >>> tokenops.index_from_mask(torch.tensor([[False, True, True], [True, False, False]]), max_k=2).index
     tensor([[ 1,  2],
             [ 0, -1]], dtype=torch.int32)
     """

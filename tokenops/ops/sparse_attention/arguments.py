@@ -64,8 +64,10 @@ def check_values(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     """The three, of one dtype and device; under autocast in its dtype, as it treats the inputs of matrix products."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    kind = query.device.type
+    # meta tensors, for one, know no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         query, key, value = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
     if query.dtype not in DTYPES:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {query.dtype}")
@@ -214,6 +216,7 @@ def draw_seed(dropout_p: float) -> Tensor | None:
 
 
 def check_aux(names: Sequence[str]) -> Sequence[str]:
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         if name not in Aux._fields:
             raise ValueError(f"return_aux must be names out of {Aux._fields}, got {name!r}")

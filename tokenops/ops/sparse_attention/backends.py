@@ -21,7 +21,7 @@ _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? q_index, Tensor? kv_index, Tensor? kv_bias, Tensor? attn_mask, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal, float scale"
 )
-# implemented by csrc/cpu/sparse_attention.cpp; 0 = done, else some index or cu_seqlens content is bad
+# implemented by csrc/cpu/sparse_attention.cpp; 0 = done, 1 = bad contents of an index or cu_seqlens, 2 = no memory
 _library.define(
     f"sparse_attention_cpu_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, bool by_row, str isa) -> int"
 )
@@ -29,6 +29,9 @@ _library.define(
     "sparse_attention_cpu_backward(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_bias, "
     f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
 )
+
+# Triton too reads it once: when it is imported
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class NativeCPU(NamedTuple):
@@ -40,23 +43,25 @@ class NativeCPU(NamedTuple):
         run = torch.ops.tokenops.sparse_attention_cpu_forward.default
         code = run(out, lse, row_sq, *_native_arguments(problem), by_row, self.isa or native.default_cpu_isa())
         if code != 0:
-            _explain(problem, code, unique_queries=by_row)
+            explain(problem, code, unique_queries=by_row)
 
     def backward(self, problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
         run = torch.ops.tokenops.sparse_attention_cpu_backward.default
         code = run(*grads[:4], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
         if code != 0:
-            _explain(problem, code, unique_queries=True, unique_keys=True)
+            explain(problem, code, unique_queries=True, unique_keys=True)
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
     return (p.query, p.key, p.value, p.q_index, p.kv_index, p.kv_bias, p.attn_mask, p.cu_seqlens_q, p.cu_seqlens_k, p.is_causal, p.scale)
 
 
-def _explain(problem: AttentionProblem, code: int, **unique: bool) -> None:
-    """Kernels only report that an index is bad; this names the argument, the value and the place."""
+def explain(problem: AttentionProblem, code: int, **unique: bool) -> None:
+    """Kernels only report what went wrong. For bad contents this names the argument, the value and the place."""
+    if code == 2:
+        raise MemoryError("sparse_attention: no memory for the scratch space of the C++ kernel")
     reference.check_contents(problem, **unique)
-    raise RuntimeError(f"sparse_attention: the C++ kernel refused the contents of an index or cu_seqlens (code {code})")
+    raise RuntimeError(f"sparse_attention: the C++ kernel refused a call that is in order (code {code}); please report it")
 
 
 def cpu_objections(isa: str, problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
@@ -71,7 +76,7 @@ def cpu_objections(isa: str, problem: AttentionProblem, needs: tuple[str, ...] =
 
 
 def triton_objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
-    if problem.query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if problem.query.device.type == "cpu" and not _INTERPRETED:
         return ["runs on a GPU, got CPU tensors"]
     try:
         triton = _triton()

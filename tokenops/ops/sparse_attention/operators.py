@@ -156,7 +156,7 @@ def _serve(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor |
     # in eager mode the wish for a mask gradient is known by now: better refused here than in the backward pass
     needs = ("attn_mask",) if problem.attn_mask is not None and problem.attn_mask.requires_grad else ()
     chosen = choose("sparse_attention", BACKENDS, backend, problem, needs=needs)
-    if _read_contents(problem, chosen.name):
+    if reads_contents(problem, chosen.name):
         reference.check_contents(problem, unique_queries=by_row)
     if lse.numel() > 0:
         chosen.run.forward(problem, out, lse, row_sq, by_row)
@@ -167,7 +167,7 @@ def _serve_backward(
 ) -> None:
     needs = tuple(name for name, grad in zip(AttentionGradients._fields, grads, strict=True) if grad is not None)
     chosen = choose("sparse_attention_backward", BACKENDS, backend, problem, needs=needs)
-    if _read_contents(problem, chosen.name):
+    if reads_contents(problem, chosen.name):
         reference.check_contents(problem, unique_queries=True, unique_keys=True)
     if lse.numel() > 0 and problem.key.shape[2] > 0:
         chosen.run.backward(problem, grad_out, out, lse, grads)
@@ -177,7 +177,7 @@ def _serve_backward(
             grad.zero_()
 
 
-def _read_contents(problem: AttentionProblem, backend: str) -> bool:
+def reads_contents(problem: AttentionProblem, backend: str) -> bool:
     """Whether to check index contents here. The C++ kernels do it while they work; on a GPU it costs a wait, so only on request."""
     if problem.query.device.type == "cpu":
         return not backend.startswith("cpu")

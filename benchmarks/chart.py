@@ -1,0 +1,78 @@
+"""One picture of a run: each case a line, each peer a mark at how many times slower it is, with the quartiles as a whisker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .record import Record
+
+# colour-blind safe (Okabe and Ito)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MARKS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
+
+
+class ChartError(Exception):
+    """A chart that cannot be drawn, with the reason."""
+
+
+def draw(run: Record, path: Path) -> None:
+    """Ratios of the run's first contender of ours."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    except ImportError:
+        raise ChartError("--chart needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
+    lines = [(case, mine) for case in run["cases"] for mine in case["contenders"] if mine["ours"] and mine.get("faster_than")]
+    if not lines:
+        raise ChartError("no case has a ratio, so there is nothing to draw")
+    name = lines[0][1]["name"]
+    lines = [(case, mine) for case, mine in lines if mine["name"] == name]
+    peers = list(dict.fromkeys(peer for _, mine in lines for peer in mine["faster_than"]))
+    style = {peer: (COLOURS[at % len(COLOURS)], MARKS[at % len(MARKS)]) for at, peer in enumerate(peers)}
+
+    figure, axes = plt.subplots(figsize=(9.6, 1.9 + 0.3 * len(lines)), layout="constrained")
+    largest, smallest = 1.0, 1.0
+    for row, (_, mine) in enumerate(lines):
+        if row % 2 == 0:
+            axes.axhspan(row - 0.5, row + 0.5, color="#f5f5f5", zorder=0)
+        for peer, ratio in mine["faster_than"].items():
+            colour, mark = style[peer]
+            axes.plot([ratio["low"], ratio["high"]], [row, row], color=colour, linewidth=1.5, alpha=0.6, zorder=2)
+            axes.plot(ratio["median"], row, mark, color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+            largest, smallest = max(largest, ratio["median"], ratio["high"]), min(smallest, ratio["median"], ratio["low"])
+    axes.axvline(1, color="#444444", linewidth=1, zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(0.8, smallest / 1.1), max(2.2, largest * 1.1))
+    ticks = [0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 32, 64]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=0)
+    width = max(len(case["name"]) for case, _ in lines)
+    labels = [f"{case['name']:{width}}  {case['dtype']} {case['direction']:7}" for case, _ in lines]
+    axes.set_yticks(range(len(lines)), labels, family="monospace")
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="both", length=0, labelsize=8)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel("ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5)
+    handles = [
+        Line2D([], [], linestyle="", marker=mark, color=colour, markersize=6, markeredgecolor="white", label=peer)
+        for peer, (colour, mark) in style.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=8.5, handletextpad=0.2)
+    env = run["environment"]
+    place = env["cpu"] if env["device"] == "cpu" else env["device"]
+    conditions = f"{place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
+    figure.suptitle(f"{name}: times faster than ...  ({conditions})", fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        # ValueError: a file ending that matplotlib does not know
+        raise ChartError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        plt.close(figure)

@@ -1,0 +1,95 @@
+"""One run as plain data: what ``--json`` writes, and what tables, charts and ``tokenops compare`` read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .harness import Case, Cost, Measurement, Outcome, Spread, Trial, case_id
+from .roof import Roof
+
+FORMAT = 1
+
+Record = dict[str, Any]
+
+
+class RecordError(Exception):
+    """A file that is no result of this benchmark, with the reason."""
+
+
+def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, repro: str) -> Record:
+    return {
+        "room": room,
+        "id": case_id(case),
+        "name": case.name,
+        "dtype": case.dtype,
+        "direction": case.direction,
+        "flops": trial.cost.flops,
+        "bytes": trial.cost.bytes,
+        "page_faults": measurement.page_faults,
+        "repro": repro,
+        "contenders": [_contender(outcome, trial) for outcome in measurement.outcomes],
+    }
+
+
+def _contender(outcome: Outcome, trial: Trial) -> Record:
+    record: Record = {
+        "name": outcome.name,
+        "ours": outcome.ours,
+        "status": outcome.status,
+        "reasons": list(outcome.reasons),
+        "note": outcome.note,
+        "error": outcome.error,
+    }
+    if outcome.seconds is not None:
+        record |= {
+            "ms": _spread(Spread(*(1e3 * value for value in outcome.seconds))),
+            "rounds": outcome.rounds,
+            "gflops": trial.cost.flops / outcome.seconds.median * 1e-9,
+            "gbs": trial.cost.bytes / outcome.seconds.median * 1e-9,
+        }
+    if outcome.faster_than is not None:
+        record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
+    return record
+
+
+def set_percentages(case: Record, roof: Roof) -> None:
+    """How much of each roof every contender uses."""
+    for contender in case["contenders"]:
+        if "ms" in contender:
+            contender["percent_of"] = roof.percent(Cost(case["flops"], case["bytes"]), case["dtype"], contender["ms"]["median"] * 1e-3)
+
+
+def _spread(spread: Spread) -> Record:
+    return {"median": spread.median, "low": spread.low, "high": spread.high}
+
+
+def run_record(environment: Record, conditions: Record, command: str) -> Record:
+    return {"format": FORMAT, "command": command, "environment": environment, "conditions": conditions, "roof": {}, "cases": []}
+
+
+def set_roof(run: Record, roof: Roof) -> None:
+    """The roof that the whole run is measured against."""
+    run["roof"] = {
+        "copy_gbs": roof.copy * 1e-9,
+        "gemm_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.gemm.items()},
+        "peak_gflops": {dtype: rate * 1e-9 for dtype, rate in roof.peak.items()},
+    }
+    for case in run["cases"]:
+        set_percentages(case, roof)
+
+
+def write(record: Record, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"cannot read {str(path)!r}: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise RecordError(f"{str(path)!r}: expected a result written by 'tokenops bench --json' (format {FORMAT}), got format {found!r}")
+    return record

@@ -1,0 +1,452 @@
+"""Cases and peers of the room ``sparse_attention``.
+
+Every case asks for the same thing of everybody: attention among the kept tokens of a grid [B, H, N, D]. Contenders differ in what they are
+given (the grid and an index, or rows compacted beforehand) and in what they may leave undone; each one's note says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tokenops
+from tokenops.dispatch import choose
+from tokenops.ops.sparse_attention.arguments import as_problem
+from tokenops.ops.sparse_attention.backends import BACKENDS
+from tokenops.reference import sparse_attention as reference
+from tokenops.types import AttentionProblem
+
+from . import video
+from .harness import DTYPES, Contender, Cost, Request, Results, Trial
+
+CHANGE = 0.05  # of a pixel range of 2: a patch that changed less is dropped in the ragged video case
+
+
+class Case(NamedTuple):
+    name: str
+    batch: int
+    tokens: int  # N, of the grid
+    kept: int | tuple[int, ...] | None  # K; one number per sample if ragged; None: no index
+    lists: str = "shared"  # one list for all | "sample": one each | "video": by frame difference | "none"
+    heads: int = 12
+    width: int = 64  # D
+    bias: bool = False  # log sizes of merged tokens, added to the logits of each key
+    dtype: str = "fp32"
+    direction: str = "fwd"
+    quick: bool = False
+
+
+def _cases() -> Iterator[Case]:
+    def each(case: Case, quick: Sequence[str], full: Sequence[str] = ()) -> Iterator[Case]:
+        for kinds, in_quick in ((quick, True), (full, False)):
+            for kind in kinds:
+                dtype, direction = kind.split()
+                yield case._replace(dtype=dtype, direction=direction, quick=in_quick)
+
+    # real input first: eight clips of 8 frames, 224 x 224, cut into 16 x 16 patches, and a class token
+    yield from each(Case("video-B8-N1569-K392", 8, video.TOKENS, 392, "video"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from each(Case("video-B8-N1569-ragged", 8, video.TOKENS, (), "video"), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from each(Case("B1-N1569-K784", 1, 1569, 784), ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from each(Case("B8-N1569-K392", 8, 1569, 392), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from each(Case("B32-N197-K137", 32, 197, 137), ["fp32 fwd", "bf16 fwd"])
+    yield from each(Case("B8-N197-K137", 8, 197, 137), ["fp32 fwd+bwd"], ["bf16 fwd+bwd"])
+    for frames in (8, 16, 32):
+        # attention over time: every place of a 14 x 14 grid is a sequence of frames
+        case = Case(f"short-B196-N{frames}", 196, frames, None, "none")
+        yield from each(case, ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
+    ragged = tuple(range(100, 1501, 200))
+    yield from each(Case("ragged-B8-N1569-H6", 8, 1569, ragged, "sample", heads=6), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from each(Case("dense-B1-N1569", 1, 1569, None, "none"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from each(Case("one-head-B1-N1569-K784", 1, 1569, 784, heads=1), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from each(Case("per-sample-B8-N1569-K392", 8, 1569, 392, "sample"), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
+    yield from each(Case("log-size-B8-N1569-K392", 8, 1569, 392, "sample", bias=True), [], ["fp32 fwd", "bf16 fwd"])
+    yield from each(Case("wide-B1-N1569-K784-D128", 1, 1569, 784, heads=6, width=128), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
+    yield from each(Case("large-B32-N1569-K392", 32, 1569, 392), [], ["bf16 fwd", "bf16 fwd+bwd"])
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+
+
+class Inputs(NamedTuple):
+    query: Tensor  # [B, H, N, D]
+    key: Tensor
+    value: Tensor
+    token_index: Tensor | None  # [K] | [B, K] int32, -1 at the end of short lists
+    bias: Tensor | None  # [B, N] float32
+    grad_out: Tensor  # [B, H, K, D], 0 in empty slots
+
+    @property
+    def grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @property
+    def counts(self) -> list[int]:
+        """Kept tokens of each sample."""
+        batch, tokens = self.query.shape[0], self.query.shape[2]
+        if self.token_index is None:
+            return [tokens] * batch
+        return (self.token_index >= 0).sum(-1).expand(batch).tolist()
+
+    @property
+    def ragged(self) -> bool:
+        return len(set(self.counts)) > 1
+
+
+def make_inputs(case: Case, request: Request) -> Inputs:
+    """The same numbers for every dtype, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.heads, case.tokens, case.width)
+    if case.lists == "video":
+        if request.video is None:
+            raise ValueError(f"{case.name} needs a video, got none")
+        tokens = request.video(case.batch)
+        index: Tensor | None = video.changed_more_than(tokens.change, CHANGE)
+        if isinstance(case.kept, int):
+            index = video.most_changed(tokens.change, case.kept)
+        grids = _project(tokens.patches, shape, generator)
+    else:
+        index = _random_index(case, generator)
+        grids = [torch.randn(shape, generator=generator) for _ in range(3)]
+    slots = case.tokens if index is None else index.shape[-1]
+    grad_out = torch.randn(case.batch, case.heads, slots, case.width, generator=generator)
+    if index is not None:
+        grad_out.masked_fill_((index < 0).expand(case.batch, slots)[:, None, :, None], 0)
+    bias = torch.randint(1, 5, (case.batch, case.tokens), generator=generator).float().log() if case.bias else None
+    device, dtype = request.device, DTYPES[case.dtype]
+    query, key, value = (grid.to(device, dtype) for grid in grids)
+    return Inputs(
+        query,
+        key,
+        value,
+        None if index is None else index.to(device),
+        None if bias is None else bias.to(device),
+        grad_out.to(device, dtype),
+    )
+
+
+def _project(patches: Tensor, shape: tuple[int, int, int, int], generator: torch.Generator) -> list[Tensor]:
+    """q, k, v as a first layer makes them, with random weights, in a linear layer's memory order: [B, N, H, D] seen as [B, H, N, D]."""
+    batch, heads, _, width = shape
+    pixels = (patches - patches.mean()) / patches.std()
+    class_token = torch.randn(1, 1, pixels.shape[2], generator=generator).expand(batch, -1, -1)
+    tokens = torch.cat([class_token, pixels], 1)
+    weights = torch.randn(3, pixels.shape[2], heads * width, generator=generator) * pixels.shape[2] ** -0.5
+    return [(tokens @ weight).unflatten(2, (heads, width)).transpose(1, 2) for weight in weights]
+
+
+def _random_index(case: Case, generator: torch.Generator) -> Tensor | None:
+    if case.kept is None:
+        return None
+    if isinstance(case.kept, int):
+        lists = 1 if case.lists == "shared" else case.batch
+        order = torch.rand(lists, case.tokens, generator=generator).argsort(1)
+        index = order[:, : case.kept].sort(1).values.int()
+        return index[0] if case.lists == "shared" else index
+    index = torch.full((case.batch, max(case.kept)), -1, dtype=torch.int32)
+    for sample, count in zip(index, case.kept, strict=True):
+        sample[:count] = torch.randperm(case.tokens, generator=generator)[:count].sort().values
+    return index
+
+
+def prepare(case: Case, request: Request) -> Trial:
+    inputs = make_inputs(case, request)
+    differentiate = case.direction == "fwd+bwd"
+    problem = _problem(inputs)
+    flops, moved = reference.flops(problem), reference.bytes(problem)
+    if differentiate:
+        flops, moved = flops + reference.flops(problem, backward=True), moved + reference.bytes(problem, backward=True)
+    return Trial(
+        contenders=list(_contenders(case, inputs, request)),
+        expected=lambda: _expected(inputs, differentiate),
+        names=("out", "gradient of query", "gradient of key", "gradient of value") if differentiate else ("out",),
+        cost=Cost(flops, moved),
+        backends=_objections(problem, differentiate),
+    )
+
+
+def _problem(inputs: Inputs) -> AttentionProblem:
+    return as_problem(*inputs.grids, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias)[0]
+
+
+def _needs(differentiate: bool) -> tuple[str, ...]:
+    return ("query", "key", "value") if differentiate else ()
+
+
+def _objections(problem: AttentionProblem, differentiate: bool) -> dict[str, list[str]]:
+    return {backend.name: backend.objections(problem, needs=_needs(differentiate)) for backend in BACKENDS}
+
+
+def example_objections(device: str) -> dict[str, list[str]]:
+    """Why each backend would refuse a plain float32 training call on ``device``; an empty list: it would serve it."""
+    problem, _ = as_problem(**reference.example_inputs(device=device, kept=0.5, kv_kept=0.5))
+    return _objections(problem, differentiate=True)
+
+
+def _expected(inputs: Inputs, differentiate: bool) -> Results:
+    """The definition in float64, sample by sample to bound the memory."""
+    samples = []
+    for b in range(len(inputs.query)):
+        index = inputs.token_index if inputs.token_index is None or inputs.token_index.dim() == 1 else inputs.token_index[b : b + 1]
+        problem = _problem(
+            inputs._replace(
+                query=inputs.query[b : b + 1].double(),
+                key=inputs.key[b : b + 1].double(),
+                value=inputs.value[b : b + 1].double(),
+                token_index=index,
+                bias=None if inputs.bias is None else inputs.bias[b : b + 1].double(),
+            )
+        )
+        results = [reference.attention(problem).out]
+        if differentiate:
+            gradients = reference.gradients(problem, inputs.grad_out[b : b + 1].double())
+            results += [grad for grad in (gradients.query, gradients.key, gradients.value) if grad is not None]
+        samples.append(results)
+    return tuple(torch.cat(result) for result in zip(*samples, strict=True))
+
+
+# of q, k, v (or of as many compact pieces) to one tensor (or one for each sample)
+Attention = Callable[..., Any]
+
+
+def _bind(attention: Attention, grids: Sequence[Tensor], grads: Tensor | list[Tensor], differentiate: bool) -> Callable[[], Results]:
+    """The timed call: forward, or forward and the gradients of q, k, v."""
+
+    def as_tuple(out: Tensor | list[Tensor]) -> Results:
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    if not differentiate:
+        return lambda: as_tuple(attention(*grids))
+    leaves = [grid.detach().requires_grad_() for grid in grids]
+
+    def forward_backward() -> Results:
+        out = as_tuple(attention(*leaves))
+        return (*(part.detach() for part in out), *torch.autograd.grad(out, leaves, grads))
+
+    return forward_backward
+
+
+def _contenders(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
+    differentiate = case.direction == "fwd+bwd"
+    yield from _ours(case, inputs, request)
+    if inputs.token_index is None:
+        yield Contender("SDPA", _bind(F.scaled_dot_product_attention, inputs.grids, inputs.grad_out, differentiate))
+        if case.tokens <= 32:
+            yield Contender("matmul + softmax", _bind(_matmul_softmax, inputs.grids, inputs.grad_out, differentiate))
+        return
+    if inputs.ragged:
+        yield from _ragged_peers(inputs, differentiate)
+    else:
+        yield from _gather_peers(inputs, differentiate)
+    yield _masked_peer(inputs, differentiate)
+    yield _flex_peer(inputs, request, differentiate)
+
+
+def _ours(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
+    differentiate = case.direction == "fwd+bwd"
+
+    def run(backend: str | None) -> Callable[[], Results]:
+        attention = partial(
+            tokenops.sparse_attention, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias, backend=backend
+        )
+        return _bind(attention, inputs.grids, inputs.grad_out, differentiate)
+
+    problem = _problem(inputs)
+    for backend in request.backends or (None,):
+        name = "tokenops" if backend is None else f"tokenops {backend}"
+        objections, note = [], ""
+        try:
+            note = f"backend {choose('sparse_attention', BACKENDS, backend, problem, needs=_needs(differentiate)).name}"
+        except NotImplementedError as refusal:
+            objections = [line.strip() for line in str(refusal).splitlines()[1:]]
+        yield Contender(name, run(backend), objections, ours=True, note=note)
+        if case.heads == 1 and case.batch == 1 and backend in (None, *request.backends[:1]):
+            yield Contender("itself, 1 thread", run(backend), objections, threads=1, note="how well a single head fills the cores")
+
+
+def _matmul_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.matmul(query, key.mT).mul_(query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+def _gather_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
+    """Every sample keeps the same number of tokens."""
+    take = _row_taker(inputs)
+    bias = _kept_bias(inputs)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+    def gather_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(take(query), take(key), take(value))
+
+    yield Contender("gather + SDPA", _bind(gather_attention, inputs.grids, inputs.grad_out, differentiate))
+    yield Contender(
+        "compact once",
+        _bind(attention, [take(grid).contiguous() for grid in inputs.grids], inputs.grad_out, differentiate),
+        canonical=lambda results: (results[0], *(_spread(grad, inputs) for grad in results[1:])),
+        note="SDPA on rows compacted beforehand: neither the gather nor the way back to the grid is timed",
+    )
+
+
+def _kept_bias(inputs: Inputs) -> Tensor | None:
+    if inputs.bias is None or inputs.token_index is None:
+        return None
+    return inputs.bias.gather(1, inputs.token_index.expand(len(inputs.bias), -1).long())[:, None, None, :].to(inputs.query.dtype)
+
+
+def _row_taker(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    """The fastest gather that torch offers for this index and layout. Row numbers are made beforehand, as they serve many layers."""
+    assert inputs.token_index is not None
+    batch, heads, tokens, width = inputs.query.shape
+    if inputs.token_index.dim() == 1:
+        shared = inputs.token_index.long()
+        return lambda grid: grid.index_select(2, shared)
+    # one list per sample: copies of whole rows beat torch.gather by 5 to 10 times
+    kept = inputs.token_index.shape[1]
+    sample = torch.arange(batch, device=inputs.token_index.device)
+    if inputs.query.is_contiguous():
+        first = torch.arange(batch * heads, device=inputs.token_index.device).view(batch, heads, 1) * tokens
+        rows = (first + inputs.token_index[:, None, :]).flatten()
+        return lambda grid: grid.reshape(-1, width).index_select(0, rows).view(batch, heads, kept, width)
+    rows = (sample[:, None] * tokens + inputs.token_index).flatten()
+
+    def take(grid: Tensor) -> Tensor:
+        return grid.transpose(1, 2).reshape(-1, heads * width).index_select(0, rows).view(batch, kept, heads, width).transpose(1, 2)
+
+    return take
+
+
+def _spread(rows: Tensor, inputs: Inputs) -> Tensor:
+    """Compact rows [B, H, K, D] back to the grid, zero elsewhere. Not timed."""
+    assert inputs.token_index is not None
+    grid = rows.new_zeros(inputs.query.shape)
+    for b, count in enumerate(inputs.counts):
+        grid[b, :, _kept_rows(inputs, b)] = rows[b, :, :count]
+    return grid
+
+
+def _kept_rows(inputs: Inputs, b: int) -> Tensor:  # [K of sample b] int64
+    assert inputs.token_index is not None
+    index = inputs.token_index if inputs.token_index.dim() == 1 else inputs.token_index[b]
+    return index[index >= 0].long()
+
+
+def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
+    """Every sample keeps another number of tokens: pad and mask, or one call per sample."""
+    assert inputs.token_index is not None
+    slots = inputs.token_index.shape[1]
+    filled = inputs.token_index >= 0
+    take = _row_taker(inputs._replace(token_index=inputs.token_index.clamp(min=0)))
+    rows = [_kept_rows(inputs, b) for b in range(len(inputs.query))]
+
+    def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(take(query), take(key), take(value), attn_mask=filled[:, None, None, :])
+
+    def clear_empty(results: Results) -> Results:
+        return (results[0].masked_fill(~filled[:, None, :, None], 0), *results[1:])
+
+    yield Contender("padded + mask", _bind(padded, inputs.grids, inputs.grad_out, differentiate), canonical=clear_empty)
+
+    def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        grids = (query, key, value)
+        out = []
+        for b, kept in enumerate(rows):
+            q, k, v = (grid[b : b + 1].index_select(2, kept) for grid in grids)
+            out.append(F.scaled_dot_product_attention(q, k, v))
+        return out
+
+    def join(parts: Results) -> Tensor:
+        """[B, H, K, D] from one [1, H, kept, D] for each sample."""
+        return torch.cat([F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in parts])
+
+    def join_out(results: Results) -> Results:
+        return (join(results[: len(rows)]), *results[len(rows) :])
+
+    grads = [inputs.grad_out[b : b + 1, :, : len(kept)] for b, kept in enumerate(rows)]
+    yield Contender("loop of SDPA", _bind(one_by_one, inputs.grids, grads, differentiate), canonical=join_out)
+
+    compact = [grid[b : b + 1].index_select(2, kept).contiguous() for grid in inputs.grids for b, kept in enumerate(rows)]
+
+    def compact_loop(*parts: Tensor) -> list[Tensor]:
+        n = len(rows)
+        return [F.scaled_dot_product_attention(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
+
+    def join_and_spread(results: Results) -> Results:
+        out, *grads = (join(results[at : at + len(rows)]) for at in range(0, len(results), len(rows)))
+        return (out, *(_spread(grad, inputs) for grad in grads))
+
+    yield Contender(
+        "compact once",
+        _bind(compact_loop, compact, grads, differentiate),
+        canonical=join_and_spread,
+        note="loop of SDPA over rows compacted beforehand: neither the gather nor the way back to the grid is timed",
+    )
+
+
+def _masked_peer(inputs: Inputs, differentiate: bool) -> Contender:
+    """Tokens stay where they are; the dropped ones are hidden as keys, and computed as queries for nothing."""
+    assert inputs.token_index is not None
+    batch, _, tokens, _ = inputs.query.shape
+    mask: Tensor = torch.zeros(batch, 1, 1, tokens, dtype=torch.bool, device=inputs.query.device)
+    for b in range(batch):
+        mask[b, 0, 0, _kept_rows(inputs, b)] = True
+    if inputs.bias is not None:
+        mask = torch.where(mask, inputs.bias[:, None, None, :], -torch.inf).to(inputs.query.dtype)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def kept_rows(results: Results) -> Results:
+        out = torch.zeros_like(inputs.grad_out)
+        for b, count in enumerate(inputs.counts):
+            out[b, :, :count] = results[0][b, :, _kept_rows(inputs, b)]
+        return (out, *results[1:])
+
+    return Contender(
+        "SDPA + mask",
+        _bind(attention, inputs.grids, _spread(inputs.grad_out, inputs), differentiate),
+        canonical=kept_rows,
+        note="computes the dropped queries as well",
+    )
+
+
+def _flex_peer(inputs: Inputs, request: Request, differentiate: bool) -> Contender:
+    """FlexAttention over gathered queries; the kept keys are a block mask, made beforehand."""
+    objections = []
+    on_cpu = torch.device(request.device).type == "cpu"
+    if on_cpu and differentiate:
+        objections.append("FlexAttention has no backward pass on the CPU")
+    if inputs.ragged:
+        objections.append("its queries are gathered, and here every sample keeps another number")
+    if inputs.bias is not None:
+        objections.append("not written for a bias on the keys")
+    if not request.slow_peers:
+        objections.append("compiling takes tens of seconds: use --preset full")
+    if objections:
+        return Contender("FlexAttention", lambda: (), objections=objections)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    assert inputs.token_index is not None
+    batch, _, tokens, _ = inputs.query.shape
+    kept = torch.zeros(batch, tokens, dtype=torch.bool, device=inputs.query.device)
+    for b in range(batch):
+        kept[b, _kept_rows(inputs, b)] = True
+
+    def visible(b: Any, _h: Any, _q: Any, m: Any) -> Any:
+        return kept[b, m]
+
+    take = _row_taker(inputs)
+    block_mask = create_block_mask(visible, batch, None, inputs.token_index.shape[-1], tokens, device=request.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(take(query), key, value, block_mask=block_mask)
+
+    return Contender(
+        "FlexAttention", _bind(attention, inputs.grids, inputs.grad_out, differentiate), note="compiled, block mask made beforehand"
+    )

@@ -1,0 +1,598 @@
+"""The benchmark: its cases and peers are right, its command line says what it should, and a wrong result never gets a ratio."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("click", reason="the benchmark's extra is not installed")
+pytest.importorskip("av", reason="the benchmark's extra is not installed")
+
+import av
+from click.testing import CliRunner
+
+from tokenops import native
+from tokenops.benchmarks import __main__ as cli
+from tokenops.benchmarks import allocator, chart, compare, harness, record, roof, sparse_attention, table, video
+from tokenops.benchmarks.harness import Contender, Cost, Request, Trial
+
+# one of each kind; kept apart from the real cases only by their size
+TINY = (
+    sparse_attention.Case("tiny-shared", 2, 40, 17, heads=2, width=16),
+    sparse_attention.Case("tiny-sample", 3, 40, 17, "sample", heads=2, width=16),
+    sparse_attention.Case("tiny-bias", 2, 40, 17, "sample", heads=2, width=16, bias=True),
+    sparse_attention.Case("tiny-ragged", 3, 40, (5, 30, 17), "sample", heads=2, width=16),
+    sparse_attention.Case("tiny-short", 5, 8, None, "none", heads=2, width=16),
+    sparse_attention.Case("tiny-one-head", 1, 40, 17, heads=1, width=16),
+    sparse_attention.Case("tiny-video", 2, video.TOKENS, 60, "video", heads=1, width=8),
+    sparse_attention.Case("tiny-video-ragged", 2, video.TOKENS, (), "video", heads=1, width=8),
+)
+
+
+@pytest.fixture(scope="module")
+def request_for_tiny() -> Request:
+    tokens = video.read_tokens(video.EXCERPT, 2)
+    return Request(video=lambda clips: tokens)
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roofs and cases of a size for tests; no restart, which would replace pytest."""
+    monkeypatch.setattr(roof, "GEMM", 64)
+    monkeypatch.setattr(roof, "COPY", 1 << 16)
+    monkeypatch.setattr(roof, "STEPS", 1000)
+    monkeypatch.setattr(cli, "ROOF_SECONDS", 0)
+    monkeypatch.setattr(sparse_attention, "CASES", tuple(case._replace(quick=True) for case in TINY))
+    monkeypatch.setenv(allocator.MARKER, "1")
+    monkeypatch.setattr(allocator, "touch_pool", lambda: 1 << 20)
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], env={allocator.MARKER: "1"})
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_every_contender_computes_the_same(case: sparse_attention.Case, dtype: str, direction: str, request_for_tiny: Request) -> None:
+    trial = sparse_attention.prepare(case._replace(dtype=dtype, direction=direction), request_for_tiny)
+    measured = harness.measure(trial, dtype, harness.CpuClock(), 0.001, torch.get_num_threads())
+    assert {outcome.status for outcome in measured.outcomes} <= {"ok", "not run"}, measured.outcomes
+    ran = [outcome for outcome in measured.outcomes if outcome.status == "ok"]
+    ours = [outcome for outcome in ran if outcome.ours]
+    assert len(ours) == 1
+    # every peer that ran is compared, and only peers are
+    assert set(ours[0].faster_than) == {outcome.name for outcome in ran if not outcome.ours}
+    assert len(ran) >= 2
+    assert all(0 <= outcome.error <= 1 and outcome.rounds >= harness.FEWEST_ROUNDS and outcome.seconds.low > 0 for outcome in ran)
+
+
+def test_cost_counts_kept_tokens_only(request_for_tiny: Request) -> None:
+    ragged = next(case for case in TINY if case.name == "tiny-ragged")
+    pairs = 2 * (5**2 + 30**2 + 17**2)
+    assert sparse_attention.prepare(ragged, request_for_tiny).cost.flops == 4 * 16 * pairs
+    assert sparse_attention.prepare(ragged._replace(direction="fwd+bwd"), request_for_tiny).cost.flops == (4 + 10) * 16 * pairs
+
+
+def test_video_layout_is_that_of_a_linear_layer(request_for_tiny: Request) -> None:
+    case = next(case for case in TINY if case.name == "tiny-video")._replace(heads=2)
+    query = sparse_attention.make_inputs(case, request_for_tiny).query
+    assert query.shape == (2, 2, video.TOKENS, 8)
+    assert query.transpose(1, 2).is_contiguous()
+    assert not query.is_contiguous()
+
+
+def test_real_cases_have_distinct_ids_and_cover_the_presets() -> None:
+    ids = [harness.case_id(case) for case in sparse_attention.CASES]
+    assert len(set(ids)) == len(ids)
+    quick = [case for case in sparse_attention.CASES if case.quick]
+    assert any(case.lists == "video" for case in quick)
+    assert {case.dtype for case in quick} == {"fp32", "bf16"}
+    assert {case.direction for case in quick} == {"fwd", "fwd+bwd"}
+    assert len(quick) < len(ids)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest, request_for_tiny: Request) -> None:
+    _run_under_pytest_benchmark(case, request, request_for_tiny)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [case for case in sparse_attention.CASES if case.quick], ids=harness.case_id)
+def test_quick_preset_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest) -> None:
+    _run_under_pytest_benchmark(case, request, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+
+
+def _run_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest, wish: Request) -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    benchmark = request.getfixturevalue("benchmark")
+    # a test run is no place to take times; --benchmark-only asks for them
+    benchmark.disabled = not request.config.getoption("benchmark_only")
+    trial = sparse_attention.prepare(case, wish)
+    ours = next(contender for contender in trial.contenders if contender.ours)
+    results = ours.canonical(benchmark(ours.run))
+    for result, right in zip(results, trial.expected(), strict=True):
+        assert harness.error_fraction(result, right, case.dtype) <= 1
+
+
+def trial_of(*contenders: Contender) -> Trial:
+    return Trial(contenders, lambda: (torch.ones(4, 4, dtype=torch.float64),), ("out",), Cost(1000, 100), {})
+
+
+RIGHT = Contender("right", lambda: (torch.ones(4, 4),), ours=True)
+PEER = Contender("peer", lambda: (torch.ones(4, 4),))
+
+
+def outcomes_of(*contenders: Contender) -> dict[str, harness.Outcome]:
+    measured = harness.measure(trial_of(*contenders), "fp32", harness.CpuClock(), 0.001, torch.get_num_threads())
+    return {outcome.name: outcome for outcome in measured.outcomes}
+
+
+def not_a_number() -> harness.Results:
+    return (torch.full((4, 4), math.nan),)
+
+
+def too_many_rows() -> harness.Results:
+    return (torch.ones(5, 4),)
+
+
+def off_by_a_little() -> harness.Results:
+    return (torch.ones(4, 4) * 1.0001,)
+
+
+def nothing() -> harness.Results:
+    return ()
+
+
+@pytest.mark.parametrize("result", [off_by_a_little, not_a_number, too_many_rows, nothing])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_wrong_result_gets_no_time_and_no_ratio(result, ours: bool) -> None:
+    wrong = Contender("suspect", result, ours=ours)
+    outcomes = outcomes_of(*((wrong, PEER) if ours else (RIGHT, wrong)))
+    suspect = outcomes["suspect"]
+    assert (suspect.status, suspect.seconds, suspect.faster_than, suspect.rounds) == ("wrong", None, None, 0)
+    assert suspect.reasons
+    if not ours:
+        assert outcomes["right"].faster_than == {}
+
+
+def test_a_contender_that_raises_does_not_end_the_run() -> None:
+    def raises() -> harness.Results:
+        raise RuntimeError("no such kernel")
+
+    outcomes = outcomes_of(RIGHT, PEER, Contender("broken", raises))
+    assert outcomes["broken"].status == "failed"
+    assert outcomes["broken"].reasons == ("RuntimeError: no such kernel",)
+    assert set(outcomes["right"].faster_than) == {"peer"}
+
+
+def test_a_contender_with_objections_is_never_called() -> None:
+    def must_not_run() -> harness.Results:
+        raise AssertionError("was called")
+
+    outcome = outcomes_of(RIGHT, Contender("elsewhere", must_not_run, objections=["needs another machine"]))["elsewhere"]
+    assert (outcome.status, outcome.reasons) == ("not run", ("needs another machine",))
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+
+    def recorder(name: str) -> Contender:
+        return Contender(name, lambda: (calls.append(name), torch.ones(4, 4))[1:], ours=name == "a")
+
+    outcomes = outcomes_of(recorder("a"), recorder("b"))
+    timed = calls[2 + 2 * harness.WARM_UP :]
+    # every round has both, and the one that begins alternates
+    rounds = [timed[at : at + 2] for at in range(0, len(timed), 2)]
+    assert all(sorted(pair) == ["a", "b"] for pair in rounds)
+    assert [pair[0] for pair in rounds[:4]] == ["a", "b", "a", "b"]
+    assert outcomes["a"].rounds == outcomes["b"].rounds == len(rounds)
+
+
+def test_threads_of_one_contender_do_not_leak() -> None:
+    seen = {}
+
+    def recorder(name: str, threads: int | None) -> Contender:
+        return Contender(name, lambda: (seen.setdefault(name, torch.get_num_threads()), torch.ones(4, 4))[1:], threads=threads)
+
+    before = torch.get_num_threads()
+    try:
+        harness.measure(trial_of(recorder("one", 1), recorder("two", None)), "fp32", harness.CpuClock(), 0.001, 2)
+        assert seen == {"one": 1, "two": 2}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_spread_and_ratio() -> None:
+    assert harness.Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert harness.Spread(3.0, 2.0, 4.0).percent == pytest.approx(100 / 3)
+    # rounds in which the slow one sat out do not count
+    ratio = harness._ratio([8.0, None, 6.0, 10.0], [2.0, 100.0, 2.0, 2.0])
+    assert ratio == (4.0, 3.5, 4.5)
+
+
+def test_error_is_the_projects_rule() -> None:
+    expected = torch.full((100,), 2.0, dtype=torch.float64)
+    allowed = harness.TOLERANCE["fp32"] * (20 + 0.01 * 10)
+    result = expected.clone()
+    result[0] += allowed
+    assert harness.error_fraction(result, expected, "fp32") == pytest.approx(1)
+    empty_row = torch.tensor([-math.inf, 1.0], dtype=torch.float64)
+    assert harness.error_fraction(empty_row.float(), empty_row, "fp32") == 0
+    assert harness.error_fraction(torch.tensor([-math.inf, math.nan]), empty_row, "fp32") == math.inf
+
+
+@pytest.mark.skipif(bool(native.CPU_ABSENT), reason="the C++ library is not built")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_multiply_add_counts_what_it_does(bf16: bool) -> None:
+    run = torch.ops.tokenops.cpu_multiply_add
+    for isa in native.cpu_isas():
+        # in proportion to the steps, and some vector width times two operations
+        once = run(1, bf16, isa)
+        assert run(1000, bf16, isa) == 1000 * once
+        assert once % (2 * 4 * torch.get_num_threads()) == 0
+
+
+def test_excerpt_is_small_and_attributed() -> None:
+    assert video.EXCERPT.stat().st_size <= 400 * 1024
+    text = (video.EXCERPT.parent / "ATTRIBUTION.md").read_text()
+    assert "Blender Foundation" in text
+    assert "creativecommons.org/licenses/by/3.0" in text
+
+
+def test_frames_of_the_excerpt() -> None:
+    frames = video.read_frames(video.EXCERPT)
+    assert frames.shape == (132, 224, 224, 3)
+    assert frames.dtype == torch.uint8
+    # a picture, not noise or a blank
+    assert 20 < frames.float().std() < 120
+
+
+def test_patches_are_squares_in_raster_order() -> None:
+    clips = torch.randint(0, 256, (2, 3, 224, 224, 3), dtype=torch.uint8)
+    patches = video.patchify(clips)
+    assert patches.shape == (2, 3, 196, 768)
+    square = clips[1, 2, 16:32, 48:64].float() / 127.5 - 1
+    assert torch.equal(patches[1, 2, 14 + 3], square.flatten())
+
+
+def test_change_is_measured_against_the_frame_before() -> None:
+    patches = torch.zeros(1, 3, 4, 5)
+    patches[0, 1, 2] = 0.5
+    change = video.change_score(patches)
+    assert change.shape == (1, 13)
+    # the class token and the first frame have nothing before them
+    assert torch.isinf(change[0, :5]).all()
+    # patch 2 appears in frame 1 and disappears in frame 2
+    assert change[0, 5:].tolist() == [0, 0, 0.5, 0, 0, 0, 0.5, 0]
+    assert video.most_changed(change, 7).tolist() == [[0, 1, 2, 3, 4, 7, 11]]
+    assert video.changed_more_than(change, 0.1).tolist() == [[0, 1, 2, 3, 4, 7, 11]]
+
+
+def test_index_lists_of_the_excerpt() -> None:
+    tokens = video.read_tokens(video.EXCERPT, 8)
+    assert tokens.patches.shape == (8, video.TOKENS - 1, 768)
+    same = video.most_changed(tokens.change, 392)
+    assert same.shape == (8, 392)
+    assert same.dtype == torch.int32
+    assert (same.diff(dim=1) > 0).all()
+    # the class token and the whole first frame
+    assert torch.equal(same[:, :197], torch.arange(197, dtype=torch.int32).expand(8, -1))
+    ragged = video.changed_more_than(tokens.change, sparse_attention.CHANGE)
+    counts = (ragged >= 0).sum(1)
+    assert counts.max() == ragged.shape[1]
+    assert counts.min() < 0.5 * counts.max()
+    for row, count in zip(ragged, counts, strict=True):
+        assert (row[:count].diff() > 0).all()
+        assert (row[count:] == -1).all()
+    # motion is in one piece: kept tokens have kept neighbours far more often than by chance
+    grid = torch.zeros(8, video.TOKENS)
+    grid.scatter_(1, same.long(), 1)
+    frames = grid[:, 197:].view(8, -1, 14, 14)
+    together = (frames[..., 1:] * frames[..., :-1]).mean() / frames.mean() ** 2
+    assert together > 1.5
+
+
+def write_video(path: Path, frames: int) -> Path:
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for shade in range(frames):
+            picture = torch.full((240, 320, 3), 20 * shade % 256, dtype=torch.uint8)
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        writer.mux(stream.encode())
+    return path
+
+
+def test_any_video_will_do(tmp_path: Path) -> None:
+    tokens = video.read_tokens(write_video(tmp_path / "own.mp4", 12), 3)
+    assert tokens.patches.shape == (3, video.TOKENS - 1, 768)
+    # every frame differs from the one before
+    assert (tokens.change > 0).all()
+
+
+def test_videos_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(video.VideoError, match="at least 8 frames, got 5"):
+        video.read_tokens(write_video(tmp_path / "short.mp4", 5), 1)
+    (tmp_path / "text.mp4").write_text("no video")
+    for path in (tmp_path / "text.mp4", tmp_path / "absent.mp4"):
+        with pytest.raises(video.VideoError, match=re.escape(path.name)):
+            video.read_frames(path)
+
+
+def test_restart_raises_the_thresholds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    environment = allocator.restart_environment({"HOME": "/root", "MALLOC_TOP_PAD_": "1"})
+    # what the user set stays
+    assert environment == {**allocator.THRESHOLDS, "HOME": "/root", "MALLOC_TOP_PAD_": "1", allocator.MARKER: "1"}
+    assert allocator.restart_environment(environment) is None
+    assert allocator.restart_environment({}, "avx2")["ATEN_CPU_CAPABILITY"] == "avx2"
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    assert allocator.restart_environment({}) is None
+    assert allocator.restart_environment({}, "avx2") == {**allocator.ISA_VARIABLES["avx2"], allocator.MARKER: "1"}
+
+
+def test_restart_runs_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(allocator.os, "execve", lambda *arguments: calls.append(arguments))
+    monkeypatch.delenv(allocator.MARKER, raising=False)
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    allocator.restart(["bench", "--preset", "full"])
+    [(program, arguments, environment)] = calls
+    assert program == sys.executable
+    assert arguments == [sys.executable, "-m", "tokenops.benchmarks", "bench", "--preset", "full"]
+    assert environment[allocator.MARKER] == "1"
+
+
+def test_the_command_as_users_run_it(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tokenops.benchmarks",
+        "bench",
+        "--case",
+        "short-B196-N8-fp32-fwd",
+        "--seconds",
+        "0.05",
+        "--threads",
+        "1",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != allocator.MARKER}
+    done = subprocess.run([*command, "--threads", "1", "--json", str(out)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = record.read(out)
+    assert run["environment"]["threads"] == 1
+    assert [case["id"] for case in run["cases"]] == ["short-B196-N8-fp32-fwd"]
+    if allocator.platform.libc_ver()[0] == "glibc":
+        assert run["environment"]["restarted"]
+        assert set(allocator.THRESHOLDS) <= set(run["environment"]["variables"])
+        assert "restarted with raised malloc thresholds" in done.stdout
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_bench_writes_table_json_and_chart(tmp_path: Path) -> None:
+    numbers, picture = tmp_path / "run.json", tmp_path / "run.png"
+    done = invoke("bench", "--seconds", "0.01", "--json", numbers, "--chart", picture, "--case", "tiny-s", "--case", "tiny-ragged")
+    assert done.exit_code == 0, done.output
+    run = json.loads(numbers.read_text())
+    assert [case["name"] for case in run["cases"]] == ["tiny-shared", "tiny-sample", "tiny-ragged", "tiny-short"]
+    assert run["environment"]["torch"] == torch.__version__
+    assert run["roof"]["copy_gbs"] > 0
+    assert run["roof"]["gemm_gflops"]["fp32"] > 0
+    for case in run["cases"]:
+        ours = [contender for contender in case["contenders"] if contender["ours"]]
+        assert len(ours) == 1
+        assert ours[0]["status"] == "ok"
+        assert ours[0]["gflops"] == pytest.approx(case["flops"] / ours[0]["ms"]["median"] * 1e-6)
+        assert ours[0]["percent_of"]["copy"] == pytest.approx(100 * ours[0]["gbs"] / run["roof"]["copy_gbs"])
+        for peer, ratio in ours[0]["faster_than"].items():
+            assert f"{ratio['median']:.2f}x" in done.output
+            assert peer in done.output
+        assert f"again: {case['repro']}" in done.output
+    assert "roofs " in done.output
+    assert "malloc" in done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_bench_with_a_wrong_result_of_ours_fails_and_prints_no_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = sparse_attention.tokenops.sparse_attention
+    monkeypatch.setattr(sparse_attention.tokenops, "sparse_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    numbers = tmp_path / "run.json"
+    done = invoke("bench", "--seconds", "0.01", "--case", "tiny-shared", "--json", numbers)
+    assert done.exit_code == 1
+    assert "tokenops: wrong, so no time and no ratio" in done.output
+    assert not re.search(r"\d\.\d\dx", done.output)
+    ours = next(contender for contender in record.read(numbers)["cases"][0]["contenders"] if contender["ours"])
+    assert ours["status"] == "wrong"
+    assert not {"ms", "faster_than", "gflops"} & set(ours)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_repro_command_runs_that_case_alone(tmp_path: Path) -> None:
+    numbers = tmp_path / "run.json"
+    options = ["--seconds", "0.01", "--threads", "1", "--backend", "reference", "--dtype", "fp16"]
+    assert invoke("bench", "--case", "tiny-short", *options, "--json", numbers).exit_code == 0
+    [case] = record.read(numbers)["cases"]
+    assert case["repro"] == "tokenops bench sparse_attention --case tiny-short-fp16-fwd --dtype fp16 --threads 1 --backend reference"
+    again = invoke(*case["repro"].split()[1:], "--dry-run")
+    assert re.findall(r"^tiny\S*", again.output, re.MULTILINE) == ["tiny-short-fp16-fwd"]
+
+
+def test_dry_run_lists_cases_and_objections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed something"))
+    done = invoke("bench", "--dry-run", "--case", "B1-N1569-K784")
+    assert done.exit_code == 0, done.output
+    assert "B1-N1569-K784-fp32-fwd+bwd" in done.output
+    assert re.search(r"FlexAttention +no +.*no backward pass on the CPU", done.output)
+    assert re.search(r"backend reference +yes", done.output)
+    assert re.search(r"backend triton +(no|yes)", done.output)
+    assert "B8-" not in done.output
+
+
+def test_select_cases() -> None:
+    def ids(preset: str, dtypes: tuple[str, ...] = (), patterns: tuple[str, ...] = ()) -> list[str]:
+        return [harness.case_id(case) for case in cli.select_cases(sparse_attention.CASES, preset, dtypes, patterns)]
+
+    assert set(ids("quick")) < set(ids("full"))
+    # a full id is that case alone, though longer ids contain it
+    assert ids("full", patterns=("B8-N1569-K392-fp32-fwd",)) == ["B8-N1569-K392-fp32-fwd"]
+    assert len(ids("full", patterns=("B8-N1569-K392",))) > 4
+    assert all(name.endswith("fwd+bwd") for name in ids("full", patterns=("*bwd",)))
+    # both dtypes of a shape become one
+    fp16 = ids("quick", ("fp16",))
+    assert len(set(fp16)) == len(fp16) < len(ids("quick"))
+    assert all("-fp16-" in name for name in fp16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_room"], "ROOM must be one of sparse_attention, got 'no_such_room'"),
+        (["--backend", "abacus"], "--backend must be one of triton, cpu, .* got 'abacus'"),
+        (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
+        (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
+        (["--video", "absent.mp4", "--case", "video"], "cannot read 'absent.mp4' as a video"),
+        (["--dtype", "fp12"], "'fp12' is not one of 'fp32', 'bf16', 'fp16'"),
+    ],
+)
+def test_clear_errors(arguments: list[str], message: str) -> None:
+    done = invoke("bench", "--dry-run", *arguments)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, SystemExit)
+    assert re.search(message, " ".join(done.output.split()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there() -> None:
+    done = invoke("bench", "--device", "cuda")
+    assert done.exit_code == 2
+    assert "finds no CUDA device here" in done.output
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    done = invoke("bench", "--dry-run", "--case", "video")
+    assert done.exit_code == 1
+    assert "pip install 'tokenops[bench]'" in done.output
+
+
+def test_info() -> None:
+    done = invoke("info")
+    assert done.exit_code == 0, done.output
+    for text in (torch.__version__, "_C_cpu", "_C_cuda", "tokenops runs", "sparse_attention on cpu"):
+        assert text in done.output
+    assert re.search(r"reference +on$", done.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [(), ("bench",), ("info",), ("compare",)])
+def test_help(command: tuple[str, ...]) -> None:
+    done = invoke(*command, "-h")
+    assert done.exit_code == 0
+    assert done.output.startswith("Usage: ")
+
+
+def run_of(ours: float, peer: float, **environment: object) -> record.Record:
+    contenders = [
+        {"name": "tokenops", "ours": True, "ms": {"median": ours}},
+        {"name": "SDPA", "ours": False, "ms": {"median": peer}},
+        {"name": "wrong one", "ours": False},
+    ]
+    case = {"room": "sparse_attention", "id": "tiny", "contenders": contenders}
+    return {"format": record.FORMAT, "environment": {"cpu": "A", "threads": 2, **environment}, "cases": [case]}
+
+
+def test_compare(tmp_path: Path) -> None:
+    record.write(run_of(4.0, 10.0), tmp_path / "before.json")
+    record.write(run_of(2.0, 8.0, threads=4), tmp_path / "after.json")
+    done = invoke("compare", tmp_path / "before.json", tmp_path / "after.json")
+    assert done.exit_code == 0, done.output
+    assert "not alike: threads: 2 before, 4 after" in done.output
+    assert "cpu" not in done.output
+    assert re.search(r"tiny +tokenops +4 +2 +2\.00x +1\.25x", done.output)
+
+
+def test_compare_drift_is_the_geometric_mean_of_the_peers() -> None:
+    [difference] = compare.differences(run_of(4.0, 10.0), run_of(2.0, 8.0))
+    assert difference.faster == 2
+    assert difference.drift == pytest.approx(1.25)
+
+
+def test_compare_names_cases_of_one_file_only(tmp_path: Path) -> None:
+    before, after = run_of(4.0, 10.0), run_of(2.0, 8.0)
+    after["cases"].append({"room": "sparse_attention", "id": "new", "contenders": []})
+    assert compare.unmatched(before, after) == ["sparse_attention new"]
+    after["cases"].pop(0)
+    record.write(before, tmp_path / "before.json")
+    record.write(after, tmp_path / "after.json")
+    done = invoke("compare", tmp_path / "before.json", tmp_path / "after.json")
+    assert done.exit_code == 1
+    assert "no case in common" in done.output
+
+
+def test_compare_refuses_other_files(tmp_path: Path) -> None:
+    record.write(run_of(4.0, 10.0), tmp_path / "run.json")
+    for content, message in (("{}", "got format None"), ("[1]", "got format 'list'"), ("no json", "cannot read")):
+        (tmp_path / "other.json").write_text(content)
+        done = invoke("compare", tmp_path / "run.json", tmp_path / "other.json")
+        assert done.exit_code == 1
+        assert message in done.output
+    done = invoke("compare", tmp_path / "run.json", tmp_path / "absent.json")
+    assert done.exit_code == 1
+    assert "cannot read" in done.output
+
+
+def test_chart_needs_a_ratio(tmp_path: Path) -> None:
+    with pytest.raises(chart.ChartError, match="nothing to draw"):
+        chart.draw({"cases": [], "environment": {}}, tmp_path / "empty.png")
+
+
+def test_a_roof_is_the_best_of_all_tries() -> None:
+    quiet = roof.Roof(2.0, {"fp32": 3.0}, {"fp32": 8.0})
+    disturbed = roof.Roof(1.0, {"fp32": 4.0, "bf16": 5.0}, {"fp32": 1.0})
+    assert quiet.best(disturbed) == roof.Roof(2.0, {"fp32": 4.0, "bf16": 5.0}, {"fp32": 8.0})
+    assert quiet.percent(Cost(6, 1), "fp32", 1.0) == {"copy": 50.0, "gemm": 200.0, "peak": 75.0}
+    # no peak is known on a GPU
+    assert set(roof.Roof(1.0, {"fp32": 1.0}, {}).percent(Cost(6, 1), "fp32", 1.0)) == {"copy", "gemm"}
+
+
+def test_table_says_when_not_to_trust_it() -> None:
+    def contender(name: str, ours: bool, low: float, high: float) -> record.Record:
+        return {
+            "name": name,
+            "ours": ours,
+            "status": "ok",
+            "reasons": [],
+            "note": "",
+            "ms": {"median": 1.0, "low": low, "high": high},
+            "gflops": 1.0,
+            "gbs": 1.0,
+            "percent_of": {"gemm": 10.0, "copy": 1.0},
+        }
+
+    steady, shaky = contender("tokenops", True, 0.99, 1.01), contender("SDPA", False, 0.5, 1.5)
+    absent = {"name": "Flex", "ours": False, "status": "not run", "reasons": ["no compiler"], "note": ""}
+    case = {
+        "name": "tiny",
+        "dtype": "fp32",
+        "direction": "fwd",
+        "page_faults": 0,
+        "repro": "tokenops bench",
+        "contenders": [steady, absent],
+    }
+    assert [str(remark) for remark in table.case_remarks(case)] == ["  again: tokenops bench"]
+    disturbed = {**case, "page_faults": 1000, "contenders": [steady, shaky, absent]}
+    remarks = "\n".join(str(remark) for remark in table.case_remarks(disturbed))
+    assert "unsteady" in remarks
+    assert "1000 page faults" in remarks
+    assert table.note_lines([case, disturbed]) == ["Flex: no compiler (not run in 2 cases)"]

@@ -1,0 +1,111 @@
+"""Choosing a backend, and what this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import REFUSALS
+
+import tokenops
+from tokenops import native
+from tokenops.dispatch import Backend, choose
+from tokenops.ops.sparse_attention import BACKENDS
+
+FIRST = Backend("first", "run first", lambda problem, needs=(): [f"does not like {problem}"] if problem == "b" or needs else [])
+SECOND = Backend("second", "run second", lambda problem, needs=(): [])
+THIRD = Backend("third", "run third", lambda problem, needs=(): ["is tired", "is old"])
+
+
+def test_the_first_without_objections_serves() -> None:
+    assert choose("op", (FIRST, SECOND, THIRD), None, "a") is FIRST
+    assert choose("op", (FIRST, SECOND, THIRD), None, "b") is SECOND
+    assert choose("op", (FIRST, SECOND, THIRD), None, "a", needs=("query",)) is SECOND
+    assert choose("op", (THIRD, SECOND), "second", "a") is SECOND
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    with pytest.raises(NotImplementedError, match=r"op: no backend can serve this call\n  first: does not like b$"):
+        choose("op", (FIRST, SECOND), "first", "b")
+
+
+def test_if_all_object_every_reason_is_listed() -> None:
+    with pytest.raises(NotImplementedError, match=r"  first: does not like b\n  third: is tired; is old$"):
+        choose("op", (FIRST, THIRD), None, "b")
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="op: backend must be one of 'first', 'second', got 'fast'"):
+        choose("op", (FIRST, SECOND), "fast", "a")
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_is_on_here(name: str) -> None:
+    """Not a test of the code but a record: a backend that tests leave out stands here with its reasons."""
+    if REFUSALS[name]:
+        pytest.skip(f"{name}: {'; '.join(REFUSALS[name])}")
+
+
+def test_the_reference_is_always_last_and_never_objects() -> None:
+    assert BACKENDS[-1].name == "reference"
+    assert REFUSALS["reference"] == []
+
+
+needs_library = pytest.mark.skipif(native.CPU_ABSENT is not None, reason=str(native.CPU_ABSENT))
+
+
+@needs_library
+def test_instruction_sets_go_from_worst_to_best() -> None:
+    isas = native.cpu_isas()
+    order = ["generic", "avx2", "avx512", "avx512_bf16"]
+    assert isas[0] == "generic"
+    assert list(isas) == [isa for isa in order if isa in isas]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("level", "wish", "want"),
+    [
+        ("AVX512", None, "avx512_bf16"),
+        ("AVX512", "avx512", "avx512"),
+        ("AVX512", "generic", "generic"),
+        ("AVX2", None, "avx2"),
+        ("AVX2", "avx512", "avx2"),
+        ("AVX2", "generic", "generic"),
+        ("DEFAULT", None, "generic"),
+        ("NO AVX", None, "generic"),
+    ],
+)
+def test_the_instruction_set_is_capped(level: str, wish: str | None, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if want not in native.cpu_isas() or (wish or want) not in native.cpu_isas():
+        pytest.skip(f"this processor has {native.cpu_isas()} only")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    if wish is None:
+        monkeypatch.delenv("TOKENOPS_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("TOKENOPS_CPU_ISA", wish)
+    native.default_cpu_isa.cache_clear()
+    try:
+        assert native.default_cpu_isa() == want
+    finally:
+        native.default_cpu_isa.cache_clear()
+
+
+@needs_library
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENOPS_CPU_ISA", "sse9")
+    native.default_cpu_isa.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"TOKENOPS_CPU_ISA must be one of generic, .*got 'sse9'"):
+            native.default_cpu_isa()
+    finally:
+        native.default_cpu_isa.cache_clear()
+
+
+def test_without_the_library_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "CPU_ABSENT", "C++ library not built")
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    tokenops.sparse_attention(x, x, x).sum().backward()
+    with pytest.raises(NotImplementedError, match="cpu: C\\+\\+ library not built"):
+        tokenops.sparse_attention(x, x, x, backend="cpu")
+    if not torch.version.cuda:
+        assert native.CUDA_ABSENT == "this torch is built without CUDA"
