@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, row_tiles
+from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
 MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
@@ -144,6 +144,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         mask = mask.view(torch.uint8)
     mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
     unit, (query_strides, key_strides, value_strides, *other_strides) = _row_strides(query, key, value, *others)
+    block_d, block_dv = pad_heads(query.shape[-1], value.shape[-1])
     inputs = {
         "query": query,
         "key": key,
@@ -175,8 +176,8 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "CAUSAL": problem.is_causal,
         "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
         "PRECISION": _dot_precision(query.dtype),
-        "BLOCK_D": pad(query.shape[-1]),
-        "BLOCK_DV": pad(value.shape[-1]),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
     }
     return inputs, other_strides
 

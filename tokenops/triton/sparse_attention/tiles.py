@@ -72,6 +72,12 @@ def pad(size: int) -> int:
     return max(SMALLEST, 1 << max(0, size - 1).bit_length())
 
 
+def pad_heads(head: int, value_head: int) -> tuple[int, int]:
+    """Columns of the key and the value tiles: within a factor of 4, or the warps that share the wider one find nothing to do in the other."""
+    d, dv = pad(head), pad(value_head)
+    return max(d, dv // 4), max(dv, d // 4)
+
+
 def choose_tiles(
     kernel: str,
     head: int,  # D
@@ -85,7 +91,7 @@ def choose_tiles(
     limit: int | None,  # bytes of shared memory one program may use
 ) -> Tiles:
     """The table's tiles, cut to the problem and to the device."""
-    rows = TABLE[kernel, itemsize][max(64, pad(head), pad(value_head))]
+    rows = TABLE[kernel, itemsize][max(64, *pad_heads(head, value_head))]
     tiles = _cut(kernel, rows.masked if mask_itemsize else rows.biased if biased else rows.plain, queries, keys)
     while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, mask_itemsize) > limit:
         smaller = _step_down(kernel, tiles)
@@ -101,10 +107,18 @@ def row_tiles(value_head: int, itemsize: int) -> Tiles:
 
 
 def _cut(kernel: str, tiles: Tiles, queries: int, keys: int) -> Tiles:
-    """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle."""
+    """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle.
+
+    Nor are more blocks in flight than there are, but for the second one of the backward kernels: copies go straight to shared memory then, and
+    sm_80 lacks the registers to take them through.
+    """
     block_q, block_k = min(tiles.block_q, pad(queries)), min(tiles.block_k, pad(keys))
-    before, now = (tiles.block_k, block_k) if kernel == "backward_key_value" else (tiles.block_q, block_q)
-    return tiles._replace(block_q=block_q, block_k=block_k, num_warps=max(1, tiles.num_warps * now // before))
+    if kernel == "backward_key_value":
+        before, held, streamed = tiles.block_k, block_k, -(-queries // block_q)
+    else:
+        before, held, streamed = tiles.block_q, block_q, -(-keys // block_k)
+    fewest = 1 if kernel == "forward" else min(2, tiles.num_stages)
+    return Tiles(block_q, block_k, max(1, tiles.num_warps * held // before), max(fewest, min(tiles.num_stages, streamed)))
 
 
 def _step_down(kernel: str, tiles: Tiles) -> Tiles:
@@ -120,7 +134,7 @@ def _step_down(kernel: str, tiles: Tiles) -> Tiles:
 
 def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, mask_itemsize: int) -> int:
     """An upper bound on the shared memory of one program; ``make gpu-check`` holds it against the compilers."""
-    d, dv = pad(head), pad(value_head)
+    d, dv = pad_heads(head, value_head)
     # the rows that a program keeps, and those that pass by
     held, streamed = (tiles.block_k, tiles.block_q) if kernel == "backward_key_value" else (tiles.block_q, tiles.block_k)
     held *= d if kernel == "forward" else d + dv
