@@ -73,7 +73,7 @@ def pad(size: int) -> int:
 
 
 def pad_heads(head: int, value_head: int) -> tuple[int, int]:
-    """Columns of the key and the value tiles: within a factor of 4, or the warps that share the wider one find nothing to do in the other."""
+    """Columns of key and value tiles: within a factor of 4, or the warps that share the wider one find nothing to do in the other."""
     d, dv = pad(head), pad(value_head)
     return max(d, dv // 4), max(dv, d // 4)
 
@@ -109,8 +109,8 @@ def row_tiles(value_head: int, itemsize: int) -> Tiles:
 def _cut(kernel: str, tiles: Tiles, queries: int, keys: int) -> Tiles:
     """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle.
 
-    Nor are more blocks in flight than there are, but for the second one of the backward kernels: copies go straight to shared memory then, and
-    sm_80 lacks the registers to take them through.
+    Nor are more blocks in flight than there are, but for a second one in the backward kernels: copies then go straight to shared memory,
+    and sm_80 lacks the registers to take them through.
     """
     block_q, block_k = min(tiles.block_q, pad(queries)), min(tiles.block_k, pad(keys))
     if kernel == "backward_key_value":
