@@ -19,9 +19,8 @@ namespace {
 
 const MultiplyAddLoops& loops_of(const std::string& isa) {
   switch (isa_of(isa)) {
-#define X(isa)   \
-  case Isa::isa: \
-    return isa::multiply_add();
+#define X(isa) \
+  case Isa::isa: return isa::multiply_add();
     TOKENOPS_ISAS
 #undef X
   }

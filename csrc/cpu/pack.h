@@ -59,6 +59,12 @@ TOKENOPS_INLINE VecH<L> load_half(const uint16_t* row, int64_t from, int64_t wid
   return v;
 }
 
+// a[kFrom], b[kFrom], a[kFrom + 1], ...
+template <int kFrom, class V, int... i>
+TOKENOPS_INLINE V alternate(V a, V b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * (int)sizeof...(i))...);
+}
+
 // to[i / kPerScalar][c]: rows that will be contracted over. Columns from width up to to_row are zeros.
 template <class Dot, class T>
 void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
@@ -71,7 +77,14 @@ void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, i
     for (int64_t i = 0; i < count; i += 2, to += to_row) {
       const uint16_t* even = i < rows.count ? (const uint16_t*)(const void*)rows.at(i) : nullptr;
       const uint16_t* odd = i + 1 < rows.count ? (const uint16_t*)(const void*)rows.at(i + 1) : nullptr;
-      for (int64_t c = 0; c < to_row; c += L) {
+      int64_t c = 0;
+      if (even && odd)
+        for (; c + 2 * L <= width; c += 2 * L) {
+          const VecH<2 * L> a = load_bits<VecH<2 * L>>(even + c), b = load_bits<VecH<2 * L>>(odd + c);
+          store_bits(to + c, alternate<0>(a, b, std::make_integer_sequence<int, 2 * L>{}));
+          store_bits(to + c + L, alternate<L>(a, b, std::make_integer_sequence<int, 2 * L>{}));
+        }
+      for (; c < to_row; c += L) {
         VecH<L> low = load_half<L>(even, c, width), high = load_half<L>(odd, c, width);
         VecU<L> pair = __builtin_convertvector(low, VecU<L>) | __builtin_convertvector(high, VecU<L>) << 16;
         memcpy(to + c, &pair, smaller(L, to_row - c) * sizeof(*to));

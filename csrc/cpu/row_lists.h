@@ -68,7 +68,7 @@ class RowListTable {
     if (offsets_.empty() || offsets_.front() != 0 || offsets_.back() > slots) return false;
     for (size_t i = 1; i < offsets_.size(); ++i)
       if (offsets_[i] < offsets_[i - 1]) return false;
-    if (offsets_.size() == 1) offsets_.push_back(0);  // no sequence at all: one without slots owns the padding
+    offsets_.resize(sequences_ + 1, 0);  // no sequence at all: one without slots owns the padding
     return true;
   }
 

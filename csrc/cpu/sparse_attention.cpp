@@ -29,27 +29,19 @@ enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::f32;
-    case ScalarType::BFloat16:
-      return Storage::bf16;
-    case ScalarType::Half:
-      return Storage::f16;
-    default:
-      STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16");
-      return Storage::f32;
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: STD_TORCH_CHECK(false, "query must be float32, bfloat16 or float16"); return Storage::f32;
   }
 }
 
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
   switch (storage_of(t)) {
-    case Storage::f32:
-      return Mask::f32;
-    case Storage::bf16:
-      return Mask::bf16;
-    case Storage::f16:
-      return Mask::f16;
+    case Storage::f32: return Mask::f32;
+    case Storage::bf16: return Mask::bf16;
+    case Storage::f16: return Mask::f16;
   }
   return Mask::none;
 }
@@ -165,9 +157,8 @@ struct Call {
 
 const SparseAttentionLoops& loops_of(const std::string& isa) {
   switch (isa_of(isa)) {
-#define X(isa)   \
-  case Isa::isa: \
-    return isa::sparse_attention();
+#define X(isa) \
+  case Isa::isa: return isa::sparse_attention();
     TOKENOPS_ISAS
 #undef X
   }
@@ -191,13 +182,13 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   if (loops.is_short(p, call.queries.longest(), call.keys.longest())) {
     const int64_t heads = p.sequences * p.query_heads,
                   pieces = std::min<int64_t>(heads, kPiecesPerThread * torch::stable::get_num_threads());
-    const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t i, char* scratch) {
-      loops.forward_short(p, heads * i / pieces, heads * (i + 1) / pieces, scratch);
+    const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t i, Lease& lease) {
+      loops.forward_short(p, heads * i / pieces, heads * (i + 1) / pieces, lease.memory);
     });
     return done ? kOk : kNoMemory;
   }
 
-  // all blocks of all heads in a row, cut where the work is even; a head that is cut packs its keys twice, so cut few
+  // all blocks of all heads in a row, cut where the work is even; a thread that goes on with the same head keeps its packed keys
   struct Head {
     int64_t sequence, kv_head, blocks, cost;  // cost of a block
   };
@@ -217,12 +208,14 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
     return i == static_cast<int64_t>(heads.size()) ? std::pair<int64_t, int64_t>(i, 0)
                                                    : std::pair<int64_t, int64_t>(i, (at - before[i]) / heads[i].cost);
   };
-  const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t piece, char* scratch) {
+  const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t piece, Lease& lease) {
     const auto [first, first_block] = place(piece);
     const auto [last, last_block] = place(piece + 1);
     for (int64_t i = first; i < static_cast<int64_t>(heads.size()) && i <= last; ++i) {
       const int64_t from = i == first ? first_block : 0, to = i == last ? last_block : heads[i].blocks;
-      if (from < to) loops.forward(p, heads[i].sequence, heads[i].kv_head, from, to, scratch);
+      if (from == to) continue;
+      loops.forward(p, heads[i].sequence, heads[i].kv_head, from, to, lease.holds == i, lease.memory);
+      lease.holds = i;
     }
   });
   return done ? kOk : kNoMemory;
@@ -262,7 +255,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
   struct Part {
     int64_t sequence, kv_head, part, first, last, cost;
   };
-  constexpr int64_t kEnoughHeads = 32, kSmallestPart = 256;
+  constexpr int64_t kEnoughHeads = 32, kSmallestPart = 128;
   const int64_t heads = p.sequences * p.kv_heads;
   const auto parts_of = [&](int64_t s, int64_t h) {
     const int64_t count = p.keys.at(s, h).count;
@@ -290,12 +283,12 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
     shares.resize(p.part_stride * most_parts);
     p.grad_query_parts = shares.data();
   }
-  bool done = run_parallel(parts.size(), loops.backward_scratch(p, most_keys), [&](int64_t i, char* scratch) {
+  bool done = run_parallel(parts.size(), loops.backward_scratch(p, most_keys), [&](int64_t i, Lease& lease) {
     const Part& part = parts[i];
-    loops.backward(p, part.sequence, part.kv_head, part.part, part.first, part.last, scratch);
+    loops.backward(p, part.sequence, part.kv_head, part.part, part.first, part.last, lease.memory);
   });
   if (p.grad_query_parts)
-    done &= run_parallel(p.sequences * p.query_heads, 0, [&](int64_t i, char*) {
+    done &= run_parallel(p.sequences * p.query_heads, 0, [&](int64_t i, Lease&) {
       const int64_t s = i / p.query_heads, h = i % p.query_heads;
       loops.sum_query_parts(p, s, h, parts_of(s, h / p.group()));
     });

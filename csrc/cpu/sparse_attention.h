@@ -72,7 +72,9 @@ struct SparseAttention {
 struct SparseAttentionLoops {
   int64_t (*query_blocks)(int64_t queries);                          // blocks of one query head
   int64_t (*forward_scratch)(const SparseAttention&, int64_t keys);  // bytes, for heads of up to that many keys
-  void (*forward)(const SparseAttention&, int64_t sequence, int64_t kv_head, int64_t first_block, int64_t last_block, char* scratch);
+  // packed: scratch still holds the keys of this head from the call before
+  void (*forward)(const SparseAttention&, int64_t sequence, int64_t kv_head, int64_t first_block, int64_t last_block, bool packed,
+                  char* scratch);
   bool (*is_short)(const SparseAttention&, int64_t queries, int64_t keys);  // heads of up to that many may take the short path:
   void (*forward_short)(const SparseAttention&, int64_t first_head, int64_t last_head, char* scratch);  // all query heads in a row
   int64_t (*backward_scratch)(const SparseAttention&, int64_t keys);

@@ -60,16 +60,11 @@ float dot_rows(const T* a, const T* b, int64_t width) {
 
 float mask_value(const SparseAttention& p, int64_t at) {
   switch (p.mask) {
-    case Mask::none:
-      return 0.f;
-    case Mask::boolean:
-      return ((const uint8_t*)p.mask_data)[at] ? 0.f : -kInfinity;
-    case Mask::f32:
-      return to_log2(((const float*)p.mask_data)[at]);
-    case Mask::bf16:
-      return to_log2(bf16_to_float(((const bf16*)p.mask_data)[at].bits));
-    case Mask::f16:
-      return to_log2(half_to_float(((const f16*)p.mask_data)[at].bits));
+    case Mask::none: return 0.f;
+    case Mask::boolean: return ((const uint8_t*)p.mask_data)[at] ? 0.f : -kInfinity;
+    case Mask::f32: return to_log2(((const float*)p.mask_data)[at]);
+    case Mask::bf16: return to_log2(bf16_to_float(((const bf16*)p.mask_data)[at].bits));
+    case Mask::f16: return to_log2(half_to_float(((const f16*)p.mask_data)[at].bits));
   }
   return 0.f;
 }
@@ -196,12 +191,9 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
 template <class F>
 TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
   switch (vectors) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 3:
-      return f(std::integral_constant<int, 3>{});
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
   }
 }
 
@@ -327,13 +319,16 @@ void forward_empty_slots(const SparseAttention& p, int64_t s, int64_t h) {
 }
 
 template <class T, class Dot>
-void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t first_block, int64_t last_block, char* scratch) {
+void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t first_block, int64_t last_block, bool packed,
+                  char* scratch) {
   const RowList& keys = p.keys.at(s, kv_head);
   const int64_t padded = round_up(keys.count, kTileRows);
   Arena arena{scratch};
   ForwardKeys<Dot> panel(arena, p, keys.count);
-  pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, rows_of<T>(p.key, s, kv_head, keys.row, keys.count), padded, p.width);
-  pack_steps<Dot>(panel.value_steps, p.value_width, rows_of<T>(p.value, s, kv_head, keys.row, keys.count), padded, p.value_width);
+  if (!packed) {
+    pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, rows_of<T>(p.key, s, kv_head, keys.row, keys.count), padded, p.width);
+    pack_steps<Dot>(panel.value_steps, p.value_width, rows_of<T>(p.value, s, kv_head, keys.row, keys.count), padded, p.value_width);
+  }
   const float* bias = pack_bias(panel.bias, p, s, kv_head, keys.row, keys.count, padded);
   for_query_blocks(p, s, kv_head, first_block, last_block, [&](int64_t h, int64_t first, int64_t last) {
     with_vectors(query_vectors(last - first),
@@ -348,14 +343,15 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
 // A head stays in L1 and registers: one softmax over all its logits, no lazy maximum, no transpose of the result (P is the
 // broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
 
-constexpr int64_t kShort = 32, kHeadsAhead = 2;
+constexpr int64_t kShort = 32;
 
 bool is_short(const SparseAttention& p, int64_t queries, int64_t keys) {
-  return queries <= kShort && keys <= kShort && kShort <= kTileVectors * L && p.mask == Mask::none && !p.causal;
+  return queries <= smaller(kShort, kTileVectors * L) && keys <= kShort && p.mask == Mask::none && !p.causal;
 }
 
-// Walks over the rows that a later head will read, a cache line at a time. The largest lever of this path: without it every
-// head starts with misses, and a burst of prefetches would wait for the same buffers.
+// Walks over the rows that the next head will read, a cache line at a time. The largest lever of this path: without it every
+// head starts with misses. The lines are spread over all steps of the head's products, because a core has only a few dozen
+// misses under way at once: prefetches in bursts wait, and the loads of the products wait behind them.
 struct RowSpan {
   const char* row;
   int64_t rows, stride, bytes;
@@ -450,7 +446,7 @@ struct ShortHead {
     for (int64_t j = 0; j < padded; j += kTileRows) {
       VecF<L> x[kTileRows][V];
       logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x,
-                         [&] { ahead.line(), ahead.line(); });
+                         [&] { ahead.line(); });
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -472,6 +468,7 @@ struct ShortHead {
       store_steps<Dot, V>(tile, x);
       add_weights<Dot, V>(total, tile);
     }
+    const bool twice = padded <= 8;  // so few steps are left then that a line each would not fetch the whole head
     float inverse[lanes];
     write_statistics<V>(p, s, h, queries, 0, count, top, total, squares, inverse);
 
@@ -484,7 +481,10 @@ struct ShortHead {
           constexpr int W = decltype(n)::value;
           VecF<L> sums[kTileRows][W];
           clear<L>(sums);
-          multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums);
+          multiply_tile<Dot, L, kTileRows, W>(weights + i, 1, lanes, v_data + c * L, v_step, steps, sums, [&] {
+            ahead.line();
+            if (twice) ahead.line();
+          });
           for (int r = 0; r < smaller(kTileRows, count - i); ++r)
             for (int w = 0; w < W; ++w)
               write<L>(to + place[i + r] * p.out.row, (c + w) * L, p.value_width, sums[r][w] * inverse[i + r], p.past_caches);
@@ -496,7 +496,7 @@ struct ShortHead {
 template <class T, class Dot>
 void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
   for (int64_t i = first; i < last; ++i) {
-    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + kHeadsAhead, last - 1);
+    const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + 1, last - 1);
     const int64_t vectors = query_vectors(p.queries.at(s, h).count);
     with_vectors(vectors ? vectors : 1, [&](auto vectors) {
       ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h, next / p.query_heads, next % p.query_heads);
@@ -722,42 +722,35 @@ typedef Bf16Dot DotOfBf16;
 typedef FloatDot DotOfBf16;
 #endif
 
-#define TOKENOPS_BY_STORAGE(call_float, call_bf16, call_f16) \
-  switch (p.storage) {                                       \
-    case Storage::f32:                                       \
-      return call_float;                                     \
-    case Storage::bf16:                                      \
-      return call_bf16;                                      \
-    case Storage::f16:                                       \
-      return call_f16;                                       \
+template <class T, class Dot>
+struct Types {};
+template <class F>
+auto with_types(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::bf16: return f(Types<bf16, DotOfBf16>{});
+    case Storage::f16: return f(Types<f16, FloatDot>{});
+    case Storage::f32: break;
   }
+  return f(Types<float, FloatDot>{});
+}
 
-void forward(const SparseAttention& p, int64_t s, int64_t h, int64_t first, int64_t last,
-             char* scratch){TOKENOPS_BY_STORAGE((forward_head<float, FloatDot>(p, s, h, first, last, scratch)),
-                                                (forward_head<bf16, DotOfBf16>(p, s, h, first, last, scratch)),
-                                                (forward_head<f16, FloatDot>(p, s, h, first, last, scratch)))} int64_t
-    forward_scratch(const SparseAttention& p, int64_t keys) {
-  TOKENOPS_BY_STORAGE((forward_bytes<float, FloatDot>(p, keys)), (forward_bytes<bf16, DotOfBf16>(p, keys)),
-                      (forward_bytes<f16, FloatDot>(p, keys)))
-  return 0;
+int64_t forward_scratch(const SparseAttention& p, int64_t keys) {
+  return with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { return forward_bytes<T, Dot>(p, keys); });
+}
+void forward(const SparseAttention& p, int64_t s, int64_t h, int64_t first, int64_t last, bool packed, char* scratch) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { forward_head<T, Dot>(p, s, h, first, last, packed, scratch); });
 }
 void forward_short(const SparseAttention& p, int64_t first, int64_t last, char* scratch) {
-  TOKENOPS_BY_STORAGE((forward_short_heads<float, FloatDot>(p, first, last, scratch)),
-                      (forward_short_heads<bf16, DotOfBf16>(p, first, last, scratch)),
-                      (forward_short_heads<f16, FloatDot>(p, first, last, scratch)))
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { forward_short_heads<T, Dot>(p, first, last, scratch); });
 }
-void backward(const SparseAttention& p, int64_t s, int64_t h, int64_t part, int64_t first_key, int64_t last_key,
-              char* scratch){TOKENOPS_BY_STORAGE((backward_head<float, FloatDot>(p, s, h, part, first_key, last_key, scratch)),
-                                                 (backward_head<bf16, DotOfBf16>(p, s, h, part, first_key, last_key, scratch)),
-                                                 (backward_head<f16, FloatDot>(p, s, h, part, first_key, last_key, scratch)))} int64_t
-    backward_scratch(const SparseAttention& p, int64_t keys) {
-  TOKENOPS_BY_STORAGE((backward_bytes<float, FloatDot>(p, keys)), (backward_bytes<bf16, DotOfBf16>(p, keys)),
-                      (backward_bytes<f16, FloatDot>(p, keys)))
-  return 0;
+int64_t backward_scratch(const SparseAttention& p, int64_t keys) {
+  return with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { return backward_bytes<T, Dot>(p, keys); });
+}
+void backward(const SparseAttention& p, int64_t s, int64_t h, int64_t part, int64_t first_key, int64_t last_key, char* scratch) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { backward_head<T, Dot>(p, s, h, part, first_key, last_key, scratch); });
 }
 void sum_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
-  TOKENOPS_BY_STORAGE((sum_query_parts<float>(p, s, h, parts)), (sum_query_parts<bf16>(p, s, h, parts)),
-                      (sum_query_parts<f16>(p, s, h, parts)))
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { sum_query_parts<T>(p, s, h, parts); });
 }
 
 }  // namespace

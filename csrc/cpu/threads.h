@@ -35,7 +35,13 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Calls work(i, scratch) for i in [0, count), handed out in order to whichever thread is free. Each i owns what it writes, so
+// scratch memory as one thread sees it during one run
+struct Lease {
+  char* memory;
+  int64_t holds;  // what the work before left there, -1 = nothing; for the work to use and set
+};
+
+// Calls work(i, lease) for i in [0, count), handed out in order to whichever thread is free. Each i owns what it writes, so
 // the result does not depend on who ran it. False: a thread could not get its scratch memory.
 template <class Work>
 bool run_parallel(int64_t count, int64_t scratch_bytes, const Work& work) {
@@ -44,12 +50,12 @@ bool run_parallel(int64_t count, int64_t scratch_bytes, const Work& work) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Scratch kept;
-    char* scratch = kept.reserve(scratch_bytes);
-    if (!scratch && scratch_bytes) {
+    Lease lease{kept.reserve(scratch_bytes), -1};
+    if (!lease.memory && scratch_bytes) {
       enough_memory = false;
       return;
     }
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, scratch);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, lease);
     kept.trim();
   });
   return enough_memory;

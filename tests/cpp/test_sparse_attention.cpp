@@ -335,7 +335,7 @@ void run_forward(const Problem& problem, const SparseAttentionLoops& loops) {
   const int64_t keys = longest(problem.key_lists);
   if (loops.is_short(p, longest(problem.query_lists), keys) && chance(0.8)) {
     const std::vector<int64_t> cuts = cut(p.sequences * p.query_heads);
-    for (size_t i = 1; i < cuts.size(); ++i) loops.forward_short(p, cuts[i - 1], cuts[i], Scratch(loops.forward_scratch(p, keys)));
+    for (size_t i = 1; i < cuts.size(); ++i) loops.forward_short(p, cuts[i - 1], cuts[i], false, Scratch(loops.forward_scratch(p, keys)));
     return;
   }
   for (int64_t s = 0; s < p.sequences; ++s)
@@ -344,7 +344,7 @@ void run_forward(const Problem& problem, const SparseAttentionLoops& loops) {
       for (int64_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) blocks += loops.query_blocks(p.queries.at(s, h).count);
       const std::vector<int64_t> cuts = cut(blocks);
       for (size_t i = 1; i < cuts.size(); ++i)
-        loops.forward(p, s, kv, cuts[i - 1], cuts[i], Scratch(loops.forward_scratch(p, p.keys.at(s, kv).count)));
+        loops.forward(p, s, kv, cuts[i - 1], cuts[i], false, Scratch(loops.forward_scratch(p, p.keys.at(s, kv).count)));
     }
 }
 
