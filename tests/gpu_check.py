@@ -106,6 +106,7 @@ CASES = [
     Case(mask=torch.bool),
     Case(mask=torch.bfloat16, kept=None),
     Case(width=72),
+    Case(width=96),
     Case(width=40, value_width=24),
     Case(width=8, value_width=256),
     # short sequences

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, row_tiles
+from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
 MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor 
     """Fills out ([B, Hq, K, Dv] by slot, or listed rows of [B, Hq, N, Dv] by row), lse and row_sq ([B, Hq, K] by slot)."""
     from tokenops.triton.sparse_attention import kernels
 
-    inputs, unit = _inputs(problem, out)
+    inputs, (out_strides,) = _inputs(problem, out)
     tiles = _tiles("forward", problem)
     blocks = _blocks(inputs["K"], tiles.block_q, problem.cu_seqlens_q)
     bias_or_mask = problem.kv_bias is not None or (problem.attn_mask is not None and problem.attn_mask.is_floating_point())
@@ -52,7 +52,7 @@ def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor 
         out=out,
         lse=lse,
         row_sq=row_sq,
-        out_strides=_row_strides(out, unit),
+        out_strides=out_strides,
         blocks=blocks,
         BY_ROW=by_row,
         SCALE_FIRST=bias_or_mask or not problem.scale > 0,
@@ -64,7 +64,7 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
     from tokenops.triton.sparse_attention import kernels
 
     grad_out = _dense(grad_out)
-    inputs, unit = _inputs(problem, grad_out, out, grads.query, grads.key, grads.value)
+    inputs, (grad_out_strides, out_strides, *grad_strides) = _inputs(problem, grad_out, out, grads.query, grads.key, grads.value)
     batch, heads, queries = lse.shape
     value_head = out.shape[-1]
     # whole blocks of any kernel, and a spare one: a packed sequence may begin anywhere, and its last block is still read whole
@@ -82,17 +82,17 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
         lse=lse.contiguous(),
         lse2=lse2,
         delta=delta,
-        grad_out_strides=_row_strides(grad_out, unit),
-        out_strides=_row_strides(out, unit),
+        grad_out_strides=grad_out_strides,
+        out_strides=out_strides,
         K=queries,
         pitch=pitch,
         H=heads,
         blocks=blocks,
         DV=value_head,
-        UNIT=unit,
+        UNIT=inputs["UNIT"],
         BLOCK_DV=pad(value_head),
     )
-    inputs |= {"grad_out": grad_out, "grad_out_strides": _row_strides(grad_out, unit), "lse2": lse2, "delta": delta, "pitch": pitch}
+    inputs |= {"grad_out": grad_out, "grad_out_strides": grad_out_strides, "lse2": lse2, "delta": delta, "pitch": pitch}
 
     if grads.query is not None:
         if problem.q_index is not None:
@@ -107,7 +107,7 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
             tiles,
             **inputs,
             grad_query=grads.query,
-            grad_query_strides=_row_strides(grads.query, unit),
+            grad_query_strides=grad_strides[0],
             blocks=blocks,
         )
     of_keys = (grads.key, grads.value, grads.kv_bias)
@@ -127,15 +127,15 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
             grad_key=grads.key,
             grad_value=grads.value,
             grad_bias=grads.kv_bias,
-            grad_key_strides=_row_strides(grads.key, unit),
-            grad_value_strides=_row_strides(grads.value, unit),
+            grad_key_strides=grad_strides[1],
+            grad_value_strides=grad_strides[2],
             grad_bias_strides=_list_strides(grads.kv_bias),
             blocks=blocks,
         )
 
 
-def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str, Any], int]:
-    """The arguments that the three attention kernels share, and the unit in which row strides are counted."""
+def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
+    """The arguments that the three attention kernels share, and the row strides of what else they read and write."""
     query, key, value = problem.query, problem.key, problem.value
     q_index, kv_index, bias = (None if x is None else _dense(x) for x in (problem.q_index, problem.kv_index, problem.kv_bias))
     mask = problem.attn_mask
@@ -143,7 +143,8 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         # the same bytes under a type that every Triton loads alike
         mask = mask.view(torch.uint8)
     mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
-    unit = _unit(query, key, value, *others)
+    unit, (query_strides, key_strides, value_strides, *other_strides) = _row_strides(query, key, value, *others)
+    block_d, block_dv = pad_heads(query.shape[-1], value.shape[-1])
     inputs = {
         "query": query,
         "key": key,
@@ -154,9 +155,9 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "mask": mask,
         "cu_seqlens_q": problem.cu_seqlens_q,
         "cu_seqlens_k": problem.cu_seqlens_k,
-        "query_strides": _row_strides(query, unit),
-        "key_strides": _row_strides(key, unit),
-        "value_strides": _row_strides(value, unit),
+        "query_strides": query_strides,
+        "key_strides": key_strides,
+        "value_strides": value_strides,
         "q_index_strides": _list_strides(q_index),
         "kv_index_strides": _list_strides(kv_index),
         "bias_strides": _list_strides(bias),
@@ -175,10 +176,10 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "CAUSAL": problem.is_causal,
         "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
         "PRECISION": _dot_precision(query.dtype),
-        "BLOCK_D": pad(query.shape[-1]),
-        "BLOCK_DV": pad(value.shape[-1]),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
     }
-    return inputs, unit
+    return inputs, other_strides
 
 
 def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
@@ -221,21 +222,22 @@ def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: A
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides under which an axis of length 1 broadcasts."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _list_strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else _strides(tensor)[:2]
 
 
-def _row_strides(tensor: Tensor | None, unit: int) -> tuple[int, ...]:
-    return (0, 0, 0) if tensor is None else tuple(stride // unit for stride in _strides(tensor)[:3])
+def _row_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
+    """Batch, head and row strides of every tensor, and the unit they are counted in.
 
-
-def _unit(*tensors: Tensor | None) -> int:
-    """8 elements fill at least 16 bytes, the widest load there is; 1 where some stride does not allow it."""
-    aligned = all(stride % 8 == 0 for tensor in tensors if tensor is not None for stride in _strides(tensor)[:3])
-    return 8 if aligned else 1
+    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it.
+    """
+    strides = [(0, 0, 0) if tensor is None else _strides(tensor)[:3] for tensor in tensors]
+    if any(stride % 8 for three in strides for stride in three):
+        return 1, strides
+    return 8, [(batch // 8, head // 8, row // 8) for batch, head, row in strides]
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -47,18 +47,18 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     # float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers: hence the small blocks
     ("forward", 4): {
-        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 32, 8, 2)),
-        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(32, 16, 8, 2)),
+        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 16, 4, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(16, 16, 4, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_query", 4): {
-        64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 4, 2), masked=Tiles(32, 16, 4, 2)),
+        64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 8, 2), masked=Tiles(32, 16, 4, 2)),
         128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
-        256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        256: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_key_value", 4): {
-        64: Rows(plain=Tiles(16, 32, 8, 2), biased=Tiles(16, 32, 8, 2), masked=Tiles(16, 32, 8, 2)),
-        128: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        64: Rows(plain=Tiles(32, 32, 8, 2), biased=Tiles(16, 32, 4, 2), masked=Tiles(16, 16, 4, 2)),
+        128: Rows(plain=Tiles(16, 32, 8, 2), biased=Tiles(16, 16, 8, 1), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(16, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
     },
 }
@@ -70,6 +70,12 @@ SMALLEST, LARGEST = 16, 128
 def pad(size: int) -> int:
     """Blocks are powers of two, of which tl.dot takes 16 or more."""
     return max(SMALLEST, 1 << max(0, size - 1).bit_length())
+
+
+def pad_heads(head: int, value_head: int) -> tuple[int, int]:
+    """Columns of key and value tiles: within a factor of 4, or the warps that share the wider one find nothing to do in the other."""
+    d, dv = pad(head), pad(value_head)
+    return max(d, dv // 4), max(dv, d // 4)
 
 
 def choose_tiles(
@@ -85,7 +91,7 @@ def choose_tiles(
     limit: int | None,  # bytes of shared memory one program may use
 ) -> Tiles:
     """The table's tiles, cut to the problem and to the device."""
-    rows = TABLE[kernel, itemsize][max(64, pad(head), pad(value_head))]
+    rows = TABLE[kernel, itemsize][max(64, *pad_heads(head, value_head))]
     tiles = _cut(kernel, rows.masked if mask_itemsize else rows.biased if biased else rows.plain, queries, keys)
     while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, mask_itemsize) > limit:
         smaller = _step_down(kernel, tiles)
@@ -101,10 +107,18 @@ def row_tiles(value_head: int, itemsize: int) -> Tiles:
 
 
 def _cut(kernel: str, tiles: Tiles, queries: int, keys: int) -> Tiles:
-    """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle."""
+    """A short sequence gets a short block, and as many fewer warps: 8 to 32 frames otherwise leave most of a program idle.
+
+    Nor are more blocks in flight than there are, but for a second one in the backward kernels: copies then go straight to shared memory,
+    and sm_80 lacks the registers to take them through.
+    """
     block_q, block_k = min(tiles.block_q, pad(queries)), min(tiles.block_k, pad(keys))
-    before, now = (tiles.block_k, block_k) if kernel == "backward_key_value" else (tiles.block_q, block_q)
-    return tiles._replace(block_q=block_q, block_k=block_k, num_warps=max(1, tiles.num_warps * now // before))
+    if kernel == "backward_key_value":
+        before, held, streamed = tiles.block_k, block_k, -(-queries // block_q)
+    else:
+        before, held, streamed = tiles.block_q, block_q, -(-keys // block_k)
+    fewest = 1 if kernel == "forward" else min(2, tiles.num_stages)
+    return Tiles(block_q, block_k, max(1, tiles.num_warps * held // before), max(fewest, min(tiles.num_stages, streamed)))
 
 
 def _step_down(kernel: str, tiles: Tiles) -> Tiles:
@@ -120,12 +134,14 @@ def _step_down(kernel: str, tiles: Tiles) -> Tiles:
 
 def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, mask_itemsize: int) -> int:
     """An upper bound on the shared memory of one program; ``make gpu-check`` holds it against the compilers."""
-    d, dv = pad(head), pad(value_head)
+    d, dv = pad_heads(head, value_head)
     # the rows that a program keeps, and those that pass by
     held, streamed = (tiles.block_k, tiles.block_q) if kernel == "backward_key_value" else (tiles.block_q, tiles.block_k)
     held *= d if kernel == "forward" else d + dv
     streamed *= d + dv
     tile = tiles.block_q * tiles.block_k
-    # per-slot vectors are copied ahead too, and reductions and layout changes take a little
-    vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages
-    return itemsize * (held + streamed * tiles.num_stages + tile) + mask_itemsize * tile * tiles.num_stages + vectors + 2048
+    # p, and ds in a backward pass, on their way into the next product (sm_100 reads them from shared memory)
+    between = tile if kernel == "forward" else 2 * tile
+    # per-slot vectors are copied ahead too; reductions and layout changes take the rest, on sm_100 the most
+    vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages + 8192
+    return itemsize * (held + streamed * tiles.num_stages + between) + mask_itemsize * tile * tiles.num_stages + vectors
