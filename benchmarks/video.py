@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenops import index_from_mask
+
 EXCERPT = Path(__file__).parent / "data" / "bigbuckbunny_excerpt.mp4"
 
 SIDE = 224  # pixels of a square frame, as video transformers are trained on
@@ -90,7 +92,4 @@ def most_changed(change: Tensor, k: int) -> Tensor:  # [B, N] -> [B, k] int32 as
 def changed_more_than(change: Tensor, threshold: float) -> Tensor:  # [B, N] -> [B, K] int32 ascending, -1 padded
     """As many tokens as really changed: a different number from every clip."""
     keep = change > threshold
-    rows = torch.arange(change.shape[1], dtype=torch.int32).expand_as(change)
-    # rows that are not kept sort to the end, where they become empty slots
-    index = torch.where(keep, rows, change.shape[1]).sort(1).values[:, : int(keep.sum(1).max())]
-    return torch.where(index == change.shape[1], -1, index)
+    return index_from_mask(keep, int(keep.sum(1).max())).index

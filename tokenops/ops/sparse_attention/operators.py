@@ -1,4 +1,4 @@
-"""The operators of this room as torch sees them: schema, implementation, fake, gradient formula, vmap, operation count.
+"""The operators of this room as torch sees them: schema, implementation, fake, gradient formula. Vmap and costs: transforms.py.
 
 One implementation per operator chooses the backend at run time, so a traced graph carries none. Results are allocated here and filled by
 the backend.
