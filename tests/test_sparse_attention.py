@@ -299,6 +299,16 @@ def test_nan_and_infinity_stay_where_they_belong(rows: int, where: str, bad: flo
     assert_close("finite part", got.out.nan_to_num(0.0, 0.0, 0.0), want.out.nan_to_num(0.0, 0.0, 0.0), dtype)
 
 
+@pytest.mark.parametrize("tokens", [5, 50])
+def test_logits_of_minus_infinity_leave_the_row_empty(tokens: int, backend: str, device: str) -> None:
+    # no multiple of a tile: the rows that fill up the last one must not turn the infinite query into NaN
+    query = torch.full((1, 1, tokens, 16), -torch.inf, device=device)
+    key, value = torch.rand(1, 1, tokens, 16, device=device) + 0.1, torch.randn(1, 1, tokens, 16, device=device)
+    out, aux = tokenops.sparse_attention(query, key, value, return_aux=("lse",), backend=backend)
+    assert (out == 0.0).all()
+    assert (aux.lse == -torch.inf).all()
+
+
 def test_nan_reaches_the_gradients(backend: str, device: str) -> None:
     call = listed(device, empty=0.0)
     call["query"][0, 1, call["q_index"][0, 1, 0], 0] = torch.nan

@@ -31,17 +31,21 @@ TOKENOPS_INLINE VecF<L> load_first_scalars(const T* row, int64_t from, int64_t n
   return Dot::kPerScalar == 1 ? load_first<L>(row + from, n) : load_first<L>((const float*)(const void*)row + from, n);
 }
 
+// What stands in the rows that fill up the last tile. A product that is masked afterwards wants a row that occurs anyway: zeros
+// would turn an infinite partner into NaN, which no mask can hide.
+enum class Fill { zeros, last_row };
+
 // to[i][c]: rows as they are. Contracted over the width when rows are broadcast.
 template <class Dot, class T>
-void pack_rows(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
+void pack_rows(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width, Fill fill) {
   constexpr int L = kLanes;
   const int64_t scalars = width / Dot::kPerScalar;
   for (int64_t i = 0; i < count; ++i, to += to_row) {
-    if (i >= rows.count) {
+    if (i >= rows.count && fill == Fill::zeros) {
       memset(to, 0, scalars * sizeof(*to));
       continue;
     }
-    const T* row = rows.at(i);
+    const T* row = rows.at(smaller(i, rows.count - 1));
     int64_t c = 0;
     for (; c + L <= scalars; c += L) store_bits(to + c, load_scalars<Dot, L>(row, c));
     if (c == scalars) continue;
@@ -70,7 +74,7 @@ template <class Dot, class T>
 void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, int64_t count, int64_t width) {
   constexpr int L = kLanes;
   if constexpr (Dot::kPerScalar == 1) {
-    pack_rows<Dot>(to, to_row, rows, count, width);
+    pack_rows<Dot>(to, to_row, rows, count, width, Fill::zeros);
     if (to_row > width)
       for (int64_t i = 0; i < count; ++i) memset(to + i * to_row + width, 0, (to_row - width) * sizeof(*to));
   } else {

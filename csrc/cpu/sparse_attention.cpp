@@ -2,6 +2,8 @@
 #include "sparse_attention.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -276,13 +278,15 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
       }
     }
   std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
-  std::vector<float> shares;
+  std::unique_ptr<float[]> shares;
   if (most_parts > 1 && p.grad_query.data) {
     p.part_head = call.slots * p.width;
     p.part_sequence = call.packed ? 0 : p.part_head * p.query_heads;
     p.part_stride = p.part_head * p.query_heads * call.batch;
-    shares.resize(p.part_stride * most_parts);
-    p.grad_query_parts = shares.data();
+    // not zeroed: only what a part wrote is read
+    shares.reset(new (std::nothrow) float[p.part_stride * most_parts]);
+    if (!shares) return kNoMemory;
+    p.grad_query_parts = shares.get();
   }
   bool done = run_parallel(parts.size(), loops.backward_scratch(p, most_keys), [&](int64_t i, Lease& lease) {
     const Part& part = parts[i];

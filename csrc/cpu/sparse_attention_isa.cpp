@@ -328,7 +328,8 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
   Arena arena{scratch};
   ForwardKeys<Dot> panel(arena, p, keys.count);
   if (!packed) {
-    pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, rows_of<T>(p.key, s, kv_head, keys.row, keys.count), padded, p.width);
+    pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, rows_of<T>(p.key, s, kv_head, keys.row, keys.count), padded, p.width,
+                   Fill::last_row);
     pack_steps<Dot>(panel.value_steps, p.value_width, rows_of<T>(p.value, s, kv_head, keys.row, keys.count), padded, p.value_width);
   }
   const float* bias = pack_bias(panel.bias, p, s, kv_head, keys.row, keys.count, padded);
@@ -433,7 +434,7 @@ struct ShortHead {
       k_data = (const Scalar*)(const void*)k_rows.at(0);
       k_step = k_rows.stride;
     } else {
-      pack_rows<Dot>(key_rows, scalars, k_rows, padded, p.width);
+      pack_rows<Dot>(key_rows, scalars, k_rows, padded, p.width, Fill::last_row);
     }
     if (in_place && p.value_width % L == 0) {
       v_data = (const Scalar*)(const void*)v_rows.at(0);
@@ -656,9 +657,10 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
   Arena arena{scratch};
   BackwardKeys<Dot> panel(arena, p, count);
   const Rows<T> key_rows = rows_of<T>(p.key, s, kv_head, row, count);
-  pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, key_rows, padded, p.width);
+  pack_rows<Dot>(panel.rows, p.width / Dot::kPerScalar, key_rows, padded, p.width, Fill::last_row);
   if constexpr (Dot::kPerScalar > 1) pack_steps<Dot>(panel.steps, p.width, key_rows, padded, p.width);
-  pack_rows<Dot>(panel.value_rows, p.value_width / Dot::kPerScalar, rows_of<T>(p.value, s, kv_head, row, count), padded, p.value_width);
+  pack_rows<Dot>(panel.value_rows, p.value_width / Dot::kPerScalar, rows_of<T>(p.value, s, kv_head, row, count), padded, p.value_width,
+                 Fill::zeros);
   const float* bias = pack_bias(panel.bias, p, s, kv_head, row, count, padded);
   memset(panel.grad_rows, 0, padded * columns * sizeof(float));
   memset(panel.grad_value, 0, padded * value_columns * sizeof(float));
@@ -709,12 +711,14 @@ void sum_query_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t par
   T* to = head_of<T>(p.grad_query, s, h);
   for (int64_t i = 0; i < queries.count; ++i)
     for (int64_t c = 0; c < p.width; c += L) {
+      const float* share = from + queries.slot[i] * p.width + c;
       const int64_t columns = smaller(L, p.width - c);
       VecF<L> sum{};
-      for (int64_t part = 0; part < parts; ++part)
-        sum += load_first<L>(from + part * p.part_stride + queries.slot[i] * p.width + c, columns);
-      store_first<L>(to + queries.row[i] * p.grad_query.row + c, sum, columns);
+      for (int64_t part = 0; part < parts; ++part, share += p.part_stride)
+        sum += columns == L ? load<L>(share) : load_first<L>(share, columns);
+      write<L>(to + queries.row[i] * p.grad_query.row, c, p.width, sum, p.past_caches);
     }
+  stream_fence();
 }
 
 // ---- the table: which storage type runs on which dot product ----

@@ -35,6 +35,11 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+inline Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // scratch memory as one thread sees it during one run
 struct Lease {
   char* memory;
@@ -49,7 +54,7 @@ bool run_parallel(int64_t count, int64_t scratch_bytes, const Work& work) {
   std::atomic<bool> enough_memory{true};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    static thread_local Scratch kept;
+    Scratch& kept = scratch_of_thread();
     Lease lease{kept.reserve(scratch_bytes), -1};
     if (!lease.memory && scratch_bytes) {
       enough_memory = false;
