@@ -275,6 +275,11 @@ def nan_reaches_exactly_what_it_must() -> None:
     for tiles in (contextlib.nullcontext(), small_tiles()):
         with tiles:
             out, lse, _ = _forward(problem_of(call))
+            _, grad_key, grad_value, _ = _backward(problem_of(call), out, lse)
+        for grad in (grad_key, grad_value):
+            assert grad[0, 1, listed[listed >= 0]].isnan().all()
+            assert grad[0, 0].isfinite().all()
+            assert grad[1].isfinite().all()
         hit = torch.zeros(2, 4, 23, dtype=torch.bool)
         hit[0, 2:] = call["q_index"][0, 2:] >= 0
         assert torch.equal(out.isnan().any(-1), hit)

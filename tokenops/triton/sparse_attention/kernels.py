@@ -306,8 +306,11 @@ def forward(
     result = tl.where(empty[:, None], 0.0, weighted * (1.0 / divisor)[:, None])
     at = (b * H + h) * K + q_slots
     natural = highest + tl.log2(divisor)
-    # what _to_log2 clamped to the lowest float is the lowest float in either unit
-    natural = tl.where(highest == LOWEST, natural, natural * LN2)
+    if SCALE_FIRST:
+        # what _to_log2 clamped to the lowest float is the lowest float in either unit
+        natural = tl.where(highest == LOWEST, natural, natural * LN2)
+    else:
+        natural *= LN2
     tl.store(lse + at, tl.where(empty, float("-inf"), natural), mask=q_slots < end)
     if row_sq is not None:
         tl.store(row_sq + at, tl.where(empty, 0.0, squares / (divisor * divisor)), mask=q_slots < end)
