@@ -392,8 +392,6 @@ def test_huge_logits_keep_the_gradients_finite(backend: str, device: str) -> Non
     call = {name: torch.randn(1, 2, 50, 32, generator=generator).to(device) for name in ("query", "key", "value")}
     call["query"], call["key"] = call["query"] * 1e5, call["key"] * 1e5
     grad_out = torch.randn(1, 2, 50, 32, generator=generator).to(device)
-    if backend == "triton":
-        pytest.xfail("triton: 2^(logit - lse) is not held at 1 in the backward pass")
     got = computed(call, grad_out, backend)
     want = expected(call, grad_out)
     assert_close("out", got.out, want.out, torch.float32)
@@ -406,8 +404,6 @@ def test_huge_logits_keep_the_gradients_finite(backend: str, device: str) -> Non
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("rows", [20, 50])
 def test_a_row_of_the_lowest_number_is_not_an_empty_row(rows: int, lowest: float, backend: str, device: str) -> None:
-    if backend == "triton" and lowest < -1e38:
-        pytest.xfail("triton: the lowest float is -inf in units of log2, and such a row is empty")
     call = build(Case("", {"batch": 1, "heads": 2, "query_rows": rows, "key_rows": rows, "width": 16}), torch.float32, device)
     call["attn_mask"] = torch.zeros(rows, rows, device=device).index_fill_(0, torch.tensor(3, device=device), lowest)
     got, want = computed(call, torch.ones_like(call["query"]), backend), expected(call, None)

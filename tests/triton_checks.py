@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import CASES, Call, Case, build, with_bias, with_mask
-from oracle import TOLERANCE, assert_close, assert_right, expected, objections, problem_of
+from oracle import TOLERANCE, assert_close, assert_right, computed, expected, objections, problem_of
 from torch import Tensor
 
 import tokenops
@@ -275,6 +275,11 @@ def nan_reaches_exactly_what_it_must() -> None:
     for tiles in (contextlib.nullcontext(), small_tiles()):
         with tiles:
             out, lse, _ = _forward(problem_of(call))
+            _, grad_key, grad_value, _ = _backward(problem_of(call), out, lse)
+        for grad in (grad_key, grad_value):
+            assert grad[0, 1, listed[listed >= 0]].isnan().all()
+            assert grad[0, 0].isfinite().all()
+            assert grad[1].isfinite().all()
         hit = torch.zeros(2, 4, 23, dtype=torch.bool)
         hit[0, 2:] = call["q_index"][0, 2:] >= 0
         assert torch.equal(out.isnan().any(-1), hit)
@@ -297,6 +302,49 @@ def nan_in_the_gradient_of_an_empty_slot_reaches_nothing() -> None:
         strict=True,
     ):
         assert torch.equal(got, want)
+
+
+@check
+def huge_logits_keep_the_gradients_finite() -> None:
+    """A logit of 1e10 and its float32 lse are up to 1024 apart: what their difference is raised to must not exceed 0."""
+    call = {"query": tensor(1, 2, 20, 16, seed=1) * 1e5, "key": tensor(1, 2, 20, 16, seed=2) * 1e5, "value": tensor(1, 2, 20, 16, seed=3)}
+    grad_out = tensor(1, 2, 20, 16, seed=4)
+    want = expected(call, grad_out)
+    for tiles in (contextlib.nullcontext(), small_tiles()):
+        with tiles:
+            got = computed(call, grad_out, "triton")
+        assert_close("out", got.out, want.out, torch.float32)
+        for grad in got.grads.values():
+            assert grad.isfinite().all()
+        # no weight exceeds 1
+        assert got.grads["value"].norm() < 1.5 * want.grads["value"].norm()
+
+
+@check
+def the_lowest_number_hides_nothing_by_itself() -> None:
+    """Times log2(e) it would be -infinity, and a row of it an empty one: it is the mean of what is visible."""
+    call = {name: tensor(1, 2, 20, 16, seed=seed) for seed, name in enumerate(("query", "key", "value"))}
+    lowest = torch.finfo(torch.float32).min
+    # keys 0 to 4 are hidden for good
+    row = torch.full((20,), lowest).index_fill_(0, torch.arange(5), -math.inf)
+    mask = torch.zeros(20, 20)
+    mask[3], mask[7] = row, -math.inf
+    mean = call["value"][:, :, 5:].mean(2)
+    for added, uniform in (({"attn_mask": mask}, [3]), ({"kv_bias": row}, range(20))):
+        for tiles in (contextlib.nullcontext(), small_tiles()):
+            with tiles:
+                got = computed({**call, **added}, tensor(1, 2, 20, 16, seed=4), "triton")
+            for query in uniform:
+                assert (got.lse[:, :, query] == lowest).all()
+                assert_close("out", got.out[:, :, query], mean, torch.float32)
+                assert_close("row_sq", got.row_sq[:, :, query], torch.full((1, 2), 1 / 15), torch.float32)
+            if "attn_mask" in added:
+                assert (got.lse[:, :, 7] == -math.inf).all()
+                assert (got.out[:, :, 7] == 0).all()
+            else:
+                assert (got.grads["value"][:, :, :5] == 0).all()
+            for grad in got.grads.values():
+                assert grad.isfinite().all()
 
 
 @check

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on a CPU: a worker process around Triton's interpreter, and the bfloat16 that the interpreter lacks.
+"""Runs the Triton kernels on a CPU: a worker process around Triton's interpreter, and what that gets wrong of bfloat16 and NaN.
 
 ``python tests/triton_interpreter.py`` with TRITON_INTERPRET=1 reads names of checks from stdin and answers each with one line of JSON. It
 is a process of its own for two reasons: Triton decides at import whether it interprets, and a load out of bounds kills the process
@@ -79,6 +79,21 @@ def teach_bfloat16() -> None:
     InterpreterBuilder.unary_op = unary
 
 
+def teach_nan() -> None:
+    """Makes minima and maxima that are not told to propagate NaN drop it, as a GPU does; the interpreter propagates it either way."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def least(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmin)
+
+    def greatest(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmax)
+
+    InterpreterBuilder.create_minnumf = least
+    InterpreterBuilder.create_maxnumf = greatest
+
+
 def main() -> None:
     answers = os.dup(sys.stdout.fileno())
     # whatever a library prints goes to stderr: stdout is for answers
@@ -89,6 +104,7 @@ def main() -> None:
     # numpy remarks on exp2(-inf - -inf) and the like in lanes that a select then drops
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     teach_bfloat16()
+    teach_nan()
     from triton_checks import CHECKS, NotServedError
 
     with os.fdopen(answers, "w") as stream:

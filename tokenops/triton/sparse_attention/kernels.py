@@ -20,6 +20,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32
 # how many ids one step of a causal bound reads: one id per thread of a wide program
 CHUNK = tl.constexpr(512)
 
@@ -103,6 +104,19 @@ def _store_rows(base, rows, filled, stride, tile, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def _to_log2(x):
+    """Natural units to units of log2. What was finite stays finite, so that a row of the lowest float is not an empty row."""
+    scaled = x * LOG2E
+    return tl.where((scaled < LOWEST) & (x >= LOWEST), LOWEST, scaled)
+
+
+@triton.jit
+def _weights(logits, lse2):
+    """At most 1, also where a huge lse was rounded by more than its distance to a logit. NaN stays NaN."""
+    return tl.exp2(tl.minimum(logits - lse2, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _mask_at(mask, strides, n, m, WIDE: tl.constexpr):
     """Pointers to a tile of the mask. Offsets of 64 bits cost two registers for every element: only a plane of 2^31 of them gets those."""
     if WIDE:
@@ -116,7 +130,7 @@ def _add_mask(logits, mask, strides, n, m, within, WIDE: tl.constexpr):
     """Adds a floating mask. ``n`` and ``m`` are the tile's query and key rows, each along its own axis, so either orientation works."""
     if mask is not None:
         if mask.dtype.element_ty.is_floating():
-            logits += tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0.0).to(tl.float32) * LOG2E
+            logits += _to_log2(tl.load(_mask_at(mask, strides, n, m, WIDE), mask=within, other=0.0).to(tl.float32))
     return logits
 
 
@@ -263,7 +277,7 @@ def forward(
             logits *= scale
             unit = 1.0
         if bias is not None:
-            logits += tl.load(bias + columns, mask=seen, other=0.0)[None, :] * LOG2E
+            logits += _to_log2(tl.load(bias + columns, mask=seen, other=0.0))[None, :]
         within = filled[:, None] & seen[None, :]
         order_k = columns
         if PACKED:
@@ -291,7 +305,13 @@ def forward(
     divisor = tl.where(empty, 1.0, total)
     result = tl.where(empty[:, None], 0.0, weighted * (1.0 / divisor)[:, None])
     at = (b * H + h) * K + q_slots
-    tl.store(lse + at, tl.where(empty, float("-inf"), (highest + tl.log2(divisor)) * LN2), mask=q_slots < end)
+    natural = highest + tl.log2(divisor)
+    if SCALE_FIRST:
+        # what _to_log2 clamped to the lowest float is the lowest float in either unit
+        natural = tl.where(highest == LOWEST, natural, natural * LN2)
+    else:
+        natural *= LN2
+    tl.store(lse + at, tl.where(empty, float("-inf"), natural), mask=q_slots < end)
     if row_sq is not None:
         tl.store(row_sq + at, tl.where(empty, 0.0, squares / (divisor * divisor)), mask=q_slots < end)
     if BY_ROW:
@@ -334,7 +354,7 @@ def row_terms(
     natural = tl.load(lse + (b * H + h) * K + slots, mask=exists, other=float("-inf"))
     empty = natural == float("-inf")
     at = (b * H + h) * pitch + slots
-    tl.store(lse2 + at, tl.where(empty, float("inf"), natural * LOG2E))
+    tl.store(lse2 + at, tl.where(empty, float("inf"), _to_log2(natural)))
     tl.store(delta + at, tl.where(empty, 0.0, tl.sum(do * o, 1)))
 
 
@@ -443,13 +463,13 @@ def backward_query(
         v = _load_rows(value, columns, seen, value_strides[2] * UNIT, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if bias is not None:
-            logits += tl.load(bias + columns, mask=seen, other=0.0)[None, :] * LOG2E
+            logits += _to_log2(tl.load(bias + columns, mask=seen, other=0.0))[None, :]
         within = filled[:, None] & seen[None, :]
         order_k = columns
         if PACKED:
             order_k = k_slots - k_begin
         logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
-        p = tl.exp2(logits - row_lse2[:, None])
+        p = _weights(logits, row_lse2[:, None])
         p = tl.where(seen[None, :], p, 0.0)
         p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         if CAUSAL:
@@ -535,7 +555,7 @@ def backward_key_value(
     k = _load_rows(key, columns, seen, key_strides[2] * UNIT, D, BLOCK_D)
     v = _load_rows(value, columns, seen, value_strides[2] * UNIT, DV, BLOCK_DV)
     if bias is not None:
-        column_bias = tl.load(bias + b * bias_strides[0] + kv_head * bias_strides[1] + columns, mask=seen, other=0.0) * LOG2E
+        column_bias = _to_log2(tl.load(bias + b * bias_strides[0] + kv_head * bias_strides[1] + columns, mask=seen, other=0.0))
     order_k = columns
     if PACKED:
         order_k = k_slots - begin
@@ -595,7 +615,7 @@ def backward_key_value(
         if mask is not None:
             head_mask = mask + h * mask_strides[1]
         logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
-        p = tl.exp2(logits - row_lse2[None, :])
+        p = _weights(logits, row_lse2[None, :])
         p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
         if CAUSAL:
             p = tl.where(order_k[:, None] <= order_q[None, :], p, 0.0)
