@@ -153,6 +153,19 @@ def _sizes(batch: int, heads: int, query_rows: int, key_rows: int, width: int, *
 _SMALL = _sizes(2, 3, 19, 23, 16)
 _KEPT = {**_SMALL, "kept": 11, "kv_kept": 13}
 
+# a small call with a list for every head, for tests that need one call and not a sweep
+LISTED: dict[str, Any] = {
+    "batch": 2,
+    "heads": 4,
+    "query_rows": 19,
+    "key_rows": 23,
+    "width": 16,
+    "value_width": 24,
+    "kept": 11,
+    "kv_kept": 13,
+    "lists": "head",
+}
+
 CASES = (
     # shapes
     Case("one row", _sizes(1, 1, 1, 1, 8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,3 +104,15 @@ def assert_right(call: Call, backend: str | None, grad_out: Tensor | None = None
         assert got.grads[name].dtype == call[name].dtype
         assert_close(f"gradient of {name}", got.grads[name], grad, dtype)
     return got
+
+
+def assert_same_bits(call: Call, grad_out: Tensor | None, backend: str | None, threads: Sequence[int]) -> None:
+    """One run for each number of threads, all of them equal to the last bit."""
+    runs = []
+    for number in threads:
+        torch.set_num_threads(number)
+        got = computed(call, grad_out, backend)
+        runs.append([got.out, got.lse, got.row_sq, *got.grads.values()])
+    for run in runs[1:]:
+        for first, other in zip(runs[0], run, strict=True):
+            assert torch.equal(first, other)

@@ -9,7 +9,7 @@ import torch
 from cases import CASES, Call, Case, as_bshd, build, with_bias, with_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import DIFFERENTIABLE, assert_close, assert_right, computed, expected, problem_of
+from oracle import DIFFERENTIABLE, assert_close, assert_right, assert_same_bits, computed, expected, problem_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -366,14 +366,7 @@ def test_bits_depend_neither_on_the_run_nor_on_threads(case: Case, dtype: torch.
     grad_out = torch.randn(expected(call, None).out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     # the reference leaves its products to torch, which promises the bits of a run, not of a number of threads
     threads = (1, 1) if backend == "reference" else (1, 1, 2, 4, 3)
-    runs = []
-    for number in threads:
-        torch.set_num_threads(number)
-        got = computed(call, grad_out, backend)
-        runs.append([got.out, got.lse, got.row_sq, *got.grads.values()])
-    for run in runs[1:]:
-        for first, other in zip(runs[0], run, strict=True):
-            assert torch.equal(first, other)
+    assert_same_bits(call, grad_out, backend, threads)
 
 
 def test_a_sample_does_not_depend_on_its_batch(backend: str, device: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Call, Case, build
+from cases import LISTED, Call, Case, build
 from test_sparse_attention_varlen import packed
 from torch import Tensor
 
@@ -16,21 +16,9 @@ from tokenops import native
 from tokenops.ops.sparse_attention import BACKENDS
 from tokenops.ops.sparse_attention.backends import explain
 
-SIZES = {
-    "batch": 2,
-    "heads": 4,
-    "query_rows": 19,
-    "key_rows": 23,
-    "width": 16,
-    "value_width": 24,
-    "kept": 11,
-    "kv_kept": 13,
-    "lists": "head",
-}
-
 
 def listed(device: str, **more: Any) -> Call:
-    return build(Case("", {**SIZES, **more}), torch.float32, device)
+    return build(Case("", {**LISTED, **more}), torch.float32, device)
 
 
 def ids(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -456,7 +444,7 @@ def test_what_a_kernel_reports_becomes_an_exception() -> None:
 def test_cpu_kernels_guard_memory_by_themselves(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
     if native.CPU_ABSENT:
         pytest.skip(native.CPU_ABSENT)
-    call = build(Case("", {**SIZES, "lists": "shared"}), torch.float32, "cpu")
+    call = build(Case("", {**LISTED, "lists": "shared"}), torch.float32, "cpu")
     problem = tokenops.ops.sparse_attention.as_problem(**call, attn_mask=torch.zeros(19, 23))[0]
     bad = problem._replace(**{name: change(getattr(problem, name))})
     [cpu] = [backend for backend in BACKENDS if backend.name == "cpu"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Call, Case, as_bshd, build, with_mask
+from cases import LISTED, Call, Case, as_bshd, build, with_mask
 from oracle import assert_close, expected, problem_of
 from test_sparse_attention_varlen import packed
 from torch import Tensor
@@ -21,17 +21,6 @@ import tokenops
 from tokenops.reference import sparse_attention as reference
 
 ops = torch.ops.tokenops
-LISTED = {
-    "batch": 2,
-    "heads": 4,
-    "query_rows": 19,
-    "key_rows": 23,
-    "width": 16,
-    "value_width": 24,
-    "kept": 11,
-    "kv_kept": 13,
-    "lists": "head",
-}
 
 
 def listed(device: str, change: Callable[[Call], Call] = lambda call: call, **more: Any) -> Call:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Call, assert_close, assert_right, computed
+from oracle import Call, assert_close, assert_right, assert_same_bits, computed
 from torch import Tensor
 
 import tokenops
@@ -209,14 +209,7 @@ def test_bits_depend_neither_on_the_run_nor_on_threads(form: str, backend: str, 
     call = packed(**FORMS[form], device=device)
     grad_out = torch.randn(computed(call, None, backend).out.shape, generator=torch.Generator().manual_seed(1)).to(device)
     threads = (1, 1) if backend == "reference" else (1, 1, 2, 4)
-    runs = []
-    for number in threads:
-        torch.set_num_threads(number)
-        got = computed(call, grad_out, backend)
-        runs.append([got.out, got.lse, got.row_sq, *got.grads.values()])
-    for run in runs[1:]:
-        for first, other in zip(runs[0], run, strict=True):
-            assert torch.equal(first, other)
+    assert_same_bits(call, grad_out, backend, threads)
 
 
 def test_dropout_is_repeatable() -> None:

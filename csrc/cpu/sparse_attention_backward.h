@@ -48,8 +48,7 @@ struct BackwardBlock {
   Scalar* slope_steps;                   // dS as [key / kPerScalar][lane]
   float *grad_query, *added;             // [D][lane], [key][lane]
 
-  BackwardBlock(Arena arena, const SparseAttention& p) { take(arena, p); }
-  void take(Arena& arena, const SparseAttention& p) {
+  BackwardBlock(Arena& arena, const SparseAttention& p) {
     query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
     grad_out = arena.take<Scalar>(p.value_width / Dot::kPerScalar * lanes);
     query_steps = arena.take<Scalar>(lane_scalars * round_up(p.width, L));
@@ -156,7 +155,8 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
 
   for_query_blocks(p, s, kv_head, 0, INT64_MAX, [&](int64_t h, int64_t first, int64_t last) {
     with_vectors(query_vectors(last - first), [&](auto vectors) {
-      BackwardBlock<T, Dot, decltype(vectors)::value>(arena, p).run(p, s, h, part, first, last, first_key, last_key, panel, bias);
+      Arena behind_keys = arena;
+      BackwardBlock<T, Dot, decltype(vectors)::value>(behind_keys, p).run(p, s, h, part, first, last, first_key, last_key, panel, bias);
     });
     const RowList& queries = p.queries.at(s, h);
     if (first == 0 && part == 0 && p.grad_query.data)
@@ -187,7 +187,7 @@ template <class T, class Dot>
 int64_t backward_bytes(const SparseAttention& p, int64_t keys) {
   Arena arena{nullptr};
   BackwardKeys<Dot>(arena, p, keys);
-  BackwardBlock<T, Dot, kTileVectors>(arena, p).take(arena, p);
+  BackwardBlock<T, Dot, kTileVectors>(arena, p);
   return arena.used;
 }
 

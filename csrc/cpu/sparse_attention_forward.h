@@ -29,8 +29,7 @@ struct ForwardBlock {
   Scalar *query, *weights;  // [D / kPerScalar][lane], [key / kPerScalar][lane]
   float *sums, *added;      // [Dv][lane], [key][lane]
 
-  ForwardBlock(Arena arena, const SparseAttention& p) { take(arena, p); }
-  void take(Arena& arena, const SparseAttention& p) {
+  ForwardBlock(Arena& arena, const SparseAttention& p) {
     query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
     weights = arena.take<Scalar>(kKeyBlock / Dot::kPerScalar * lanes);
     sums = arena.take<float>(p.value_width * lanes);
@@ -128,8 +127,10 @@ void forward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t 
   }
   const float* bias = pack_bias(panel.bias, p, s, kv_head, keys.row, keys.count, padded);
   for_query_blocks(p, s, kv_head, first_block, last_block, [&](int64_t h, int64_t first, int64_t last) {
-    with_vectors(query_vectors(last - first),
-                 [&](auto vectors) { ForwardBlock<T, Dot, decltype(vectors)::value>(arena, p).run(p, s, h, first, last, panel, bias); });
+    with_vectors(query_vectors(last - first), [&](auto vectors) {
+      Arena behind_keys = arena;
+      ForwardBlock<T, Dot, decltype(vectors)::value>(behind_keys, p).run(p, s, h, first, last, panel, bias);
+    });
     if (first == 0) forward_empty_slots<T>(p, s, h);
   });
   stream_fence();

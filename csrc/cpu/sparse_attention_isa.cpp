@@ -13,8 +13,8 @@ template <class T, class Dot>
 int64_t forward_bytes(const SparseAttention& p, int64_t keys) {
   Arena arena{nullptr};
   ForwardKeys<Dot>(arena, p, keys);
-  ForwardBlock<T, Dot, kTileVectors>(arena, p).take(arena, p);
-  ShortHead<T, Dot, kTileVectors>(arena, p).take(arena, p);
+  ForwardBlock<T, Dot, kTileVectors>(arena, p);
+  ShortHead<T, Dot, kTileVectors>(arena, p);
   return arena.used;
 }
 

@@ -57,8 +57,7 @@ struct ShortHead {
   Scalar *query, *key_rows, *value_steps, *weights;  // [D / kPerScalar][lane], [key][D / kPerScalar], [key / kPerScalar][Dv], ...
   float *logits, *bias;                              // [key][lane], [key]
 
-  ShortHead(Arena arena, const SparseAttention& p) { take(arena, p); }
-  void take(Arena& arena, const SparseAttention& p) {
+  ShortHead(Arena& arena, const SparseAttention& p) {
     query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
     key_rows = arena.take<Scalar>(kShort * p.width / Dot::kPerScalar);
     value_steps = arena.take<Scalar>(kShort / Dot::kPerScalar * round_up(p.value_width, L));
@@ -166,7 +165,8 @@ void forward_short_heads(const SparseAttention& p, int64_t first, int64_t last, 
     const int64_t s = i / p.query_heads, h = i % p.query_heads, next = smaller(i + 1, last - 1);
     const int64_t vectors = query_vectors(p.queries.at(s, h).count);
     with_vectors(vectors ? vectors : 1, [&](auto vectors) {
-      ShortHead<T, Dot, decltype(vectors)::value>(Arena{scratch}, p).run(p, s, h, next / p.query_heads, next % p.query_heads);
+      Arena arena{scratch};
+      ShortHead<T, Dot, decltype(vectors)::value>(arena, p).run(p, s, h, next / p.query_heads, next % p.query_heads);
     });
   }
   stream_fence();
