@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,6 +21,27 @@ class Aux(NamedTuple):
 
     lse: Tensor | None  # [B, Hq, K] float32, natural log of the softmax denominator; -inf where no key is visible
     row_sq: Tensor | None  # [B, Hq, K] float32, sum over keys of the squared attention probability
+
+
+class MergePlan(NamedTuple):
+    """Where every token goes when tokens are merged. Made by ``match_tokens`` and its like; one plan serves any number of tensors."""
+
+    slot: Tensor  # [1|B, N] int32, output row of each token, -1 = dropped
+    count: Tensor  # type: ignore[assignment]  # [1|B] int32, output rows that have members; the rows after them are empty
+    n_out: int  # rows of the output
+    order: Tensor  # [1|B, N] int32, token ids by output row; in each row the destination first, then the others ascending; -1 at the end
+    offsets: Tensor  # [1|B, n_out + 1] int32, row s owns order[offsets[s] : offsets[s + 1]]
+
+
+class HaltState(NamedTuple):
+    """What adaptive computation time carries from layer to layer. N stands for the rows of a packed call too."""
+
+    cum: Tensor  # [B, N] float32, accumulated halting score
+    remain: Tensor  # [B, N] float32, weight that is left for the last layer
+    active: Tensor  # [B, N] bool, takes part in the next layer
+    rho: Tensor  # [B, N] float32, layers taken part in plus the remainder: the ponder cost
+    counter: Tensor  # [B, N] float32, layers used
+    out: Tensor  # [B, N, C] float32, or [B, C] where only the class token's output is wanted
 
 
 class AttentionProblem(NamedTuple):
@@ -54,3 +76,53 @@ class AttentionGradients(NamedTuple):
     value: Tensor | None  # [B, Hkv, M, Dv]
     kv_bias: Tensor | None  # [B, Hkv, M] in kv_bias's dtype; the door sums it down to kv_bias's own shape
     attn_mask: Tensor | None  # attn_mask's own (broadcastable) shape
+
+
+class Window(NamedTuple):
+    """Which candidates a token may match, by place: bounds on (candidate's place - token's place), both ends included."""
+
+    t_low: int
+    t_high: int
+    reach_y: int  # |difference| at most
+    reach_x: int
+
+
+class PairProblem(NamedTuple):
+    """For each row of ``a`` the most similar row of ``b``. Scores are similarity * b_scale; a_scale multiplies the winner's."""
+
+    a: Tensor  # [B, Na, C], last dimension dense, any other strides (0 included)
+    b: Tensor  # [B, Nb, C]
+    a_mask: Tensor | None  # [1|B, Na] bool, True = takes part
+    b_mask: Tensor | None  # [1|B, Nb] bool
+    a_scale: Tensor | None  # [1|B, Na] float32
+    b_scale: Tensor | None  # [1|B, Nb] float32
+    a_place: Tensor | None  # [1|B, Na, 3] int32, (t, y, x); given if and only if window is
+    b_place: Tensor | None  # [1|B, Nb, 3] int32
+    window: Window | None
+    normalize: bool
+
+
+class MatchProblem(NamedTuple):
+    """One call of ``match_tokens`` after the door has turned its scheme into roles. Every backend fills a MergePlan."""
+
+    metric: Tensor  # [B, N, C], last dimension dense
+    role: Tensor | None  # [1|B, N] int8, see Role; None: even positions are sources, odd ones destinations, but for the protected
+    class_token: bool  # token 0 stays; read only where role is None
+    distill_token: bool  # token 1 stays; read only where role is None
+    place: Tensor | None  # [1|B, N, 3] int32, (t, y, x); given if and only if window is
+    window: Window | None
+    source_scale: Tensor | None  # [1|B, N] float32, multiplies a source's best score: which sources go first
+    destination_scale: Tensor | None  # [1|B, N] float32, multiplies a candidate's similarity: which destination wins
+    r: int | None  # at most so many sources merge, the best first; None: all that have a candidate
+    threshold: float | None  # only sources whose score is greater merge
+    normalize: bool
+
+
+class Role(IntEnum):
+    """What a token may do in a match. Bits: 1 = may leave, 2 = may receive."""
+
+    STAY = 0
+    SOURCE = 1
+    DESTINATION = 2
+    BOTH = 3  # previous-frame chains
+    DROPPED = 4
