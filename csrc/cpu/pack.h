@@ -10,6 +10,17 @@ namespace TOKENOPS_ISA {
 TOKENOPS_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 TOKENOPS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class T>
+float dot_rows(const T* a, const T* b, int64_t width) {
+  constexpr int L = kLanes;
+  VecF<L> sum{};
+  for (int64_t c = 0; c < width; c += L) {
+    const int64_t columns = smaller(L, width - c);
+    sum += columns == L ? load<L>(a + c) * load<L>(b + c) : load_first<L>(a + c, columns) * load_first<L>(b + c, columns);
+  }
+  return sum_lanes(sum);
+}
+
 // rows of one (sequence, head) of a grid, picked by a list; past its end there are rows of zeros
 template <class T>
 struct Rows {

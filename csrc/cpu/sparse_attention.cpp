@@ -8,35 +8,16 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "call.h"
 #include "isa.h"
 #include "row_lists.h"
 #include "threads.h"
 
 namespace tokenops {
 
-#define X(isa)                                    \
-  namespace isa {                                 \
-  const SparseAttentionLoops& sparse_attention(); \
-  }
-TOKENOPS_ISAS
-#undef X
-
 namespace {
 
-// Results beyond this size are streamed: they would push the inputs out of the second-level caches and be gone from them anyway.
-constexpr int64_t kCaches = 4 << 20;
 constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
-
-enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
-
-Storage storage_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16"); return Storage::f32;
-  }
-}
 
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
@@ -128,7 +109,7 @@ struct Call {
     int64_t rows = 0;
     for (int64_t s = 0; s < p.sequences; ++s)
       for (int64_t h = 0; h < p.query_heads; ++h) rows += p.queries.at(s, h).count;
-    return rows * width * (p.storage == Storage::f32 ? 4 : 2);
+    return rows * width * bytes_of(p.storage);
   }
 
   void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
@@ -158,20 +139,10 @@ struct Call {
   }
 };
 
-const SparseAttentionLoops& loops_of(const std::string& isa) {
-  switch (isa_of(isa)) {
-#define X(isa) \
-  case Isa::isa: return isa::sparse_attention();
-    TOKENOPS_ISAS
-#undef X
-  }
-  return generic::sparse_attention();
-}
-
 int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,
                 OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
                 OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
-  const SparseAttentionLoops& loops = loops_of(isa);
+  const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
   Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row, false);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
@@ -228,7 +199,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
                  Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, OptionalTensor q_index, OptionalTensor kv_index,
                  OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
                  double scale, std::string isa) {
-  const SparseAttentionLoops& loops = loops_of(isa);
+  const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
   Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true, true);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;

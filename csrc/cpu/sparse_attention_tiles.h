@@ -48,16 +48,6 @@ Rows<T> rows_of(const Grid& grid, int64_t s, int64_t h, const int32_t* row, int6
   return {head_of<T>(grid, s, h), grid.row, row, count};
 }
 
-template <class T>
-float dot_rows(const T* a, const T* b, int64_t width) {
-  VecF<L> sum{};
-  for (int64_t c = 0; c < width; c += L) {
-    const int64_t columns = smaller(L, width - c);
-    sum += columns == L ? load<L>(a + c) * load<L>(b + c) : load_first<L>(a + c, columns) * load_first<L>(b + c, columns);
-  }
-  return sum_lanes(sum);
-}
-
 float mask_value(const SparseAttention& p, int64_t at) {
   switch (p.mask) {
     case Mask::none: return 0.f;
