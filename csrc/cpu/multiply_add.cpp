@@ -8,28 +8,11 @@
 
 namespace tokenops {
 
-#define X(isa)                            \
-  namespace isa {                         \
-  const MultiplyAddLoops& multiply_add(); \
-  }
-TOKENOPS_ISAS
-#undef X
-
 namespace {
-
-const MultiplyAddLoops& loops_of(const std::string& isa) {
-  switch (isa_of(isa)) {
-#define X(isa) \
-  case Isa::isa: return isa::multiply_add();
-    TOKENOPS_ISAS
-#undef X
-  }
-  return generic::multiply_add();
-}
 
 // steps on every thread at once; how many multiplications and additions that were in all
 int64_t multiply_add(int64_t steps, bool bf16, std::string isa) {
-  const MultiplyAddLoops& loops = loops_of(isa);
+  const MultiplyAddLoops& loops = loops_of<MultiplyAddLoops>(isa);
   const bool pairs = bf16 && loops.bf16_chains;
   const int64_t threads = torch::stable::get_num_threads();
   std::atomic<float> sink{0};

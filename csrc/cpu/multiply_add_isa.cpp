@@ -46,9 +46,10 @@ constexpr int64_t kBf16Flops = 0;
 
 }  // namespace
 
-const MultiplyAddLoops& multiply_add() {
-  static constexpr MultiplyAddLoops loops{2 * L * kChains, float_chains, kBf16Flops, bf16_chains};
-  return loops;
+template <>
+const MultiplyAddLoops& loops() {
+  static constexpr MultiplyAddLoops table{2 * L * kChains, float_chains, kBf16Flops, bf16_chains};
+  return table;
 }
 
 }  // namespace TOKENOPS_ISA

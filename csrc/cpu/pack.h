@@ -10,6 +10,17 @@ namespace TOKENOPS_ISA {
 TOKENOPS_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 TOKENOPS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class T>
+float dot_rows(const T* a, const T* b, int64_t width) {
+  constexpr int L = kLanes;
+  VecF<L> sum{};
+  for (int64_t c = 0; c < width; c += L) {
+    const int64_t columns = smaller(L, width - c);
+    sum += columns == L ? load<L>(a + c) * load<L>(b + c) : load_first<L>(a + c, columns) * load_first<L>(b + c, columns);
+  }
+  return sum_lanes(sum);
+}
+
 // rows of one (sequence, head) of a grid, picked by a list; past its end there are rows of zeros
 template <class T>
 struct Rows {
@@ -97,15 +108,16 @@ void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, i
   }
 }
 
-// to[c][i]: rows into lanes, `vectors` vectors of them
+// to[c][i]: rows into lanes, `vectors` vectors of them; zeros serve widths up to 256
 template <class Dot, class T>
-void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width) {
+void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width, Fill fill) {
   constexpr int L = kLanes;
-  static const T zeros[256] = {};  // the widest row: a missing row reads from here
+  static const T zeros[256] = {};
+  const T* missing = fill == Fill::zeros ? zeros : rows.at(rows.count - 1);
   const int64_t scalars = width / Dot::kPerScalar, to_row = vectors * L;
   for (int64_t v = 0; v < vectors; ++v) {
     const T* from[L];
-    for (int i = 0; i < L; ++i) from[i] = v * L + i < rows.count ? rows.at(v * L + i) : zeros;
+    for (int i = 0; i < L; ++i) from[i] = v * L + i < rows.count ? rows.at(v * L + i) : missing;
     typename Dot::Scalar* column = to + v * L;
     int64_t c = 0;
     for (; c + L <= scalars; c += L) {

@@ -8,35 +8,14 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "call.h"
 #include "isa.h"
 #include "row_lists.h"
 #include "threads.h"
 
 namespace tokenops {
 
-#define X(isa)                                    \
-  namespace isa {                                 \
-  const SparseAttentionLoops& sparse_attention(); \
-  }
-TOKENOPS_ISAS
-#undef X
-
 namespace {
-
-// Results beyond this size are streamed: they would push the inputs out of the second-level caches and be gone from them anyway.
-constexpr int64_t kCaches = 4 << 20;
-constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
-
-enum Status : int64_t { kOk = 0, kBadContents = 1, kNoMemory = 2 };
-
-Storage storage_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16"); return Storage::f32;
-  }
-}
 
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
@@ -128,7 +107,7 @@ struct Call {
     int64_t rows = 0;
     for (int64_t s = 0; s < p.sequences; ++s)
       for (int64_t h = 0; h < p.query_heads; ++h) rows += p.queries.at(s, h).count;
-    return rows * width * (p.storage == Storage::f32 ? 4 : 2);
+    return rows * width * bytes_of(p.storage);
   }
 
   void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
@@ -158,20 +137,10 @@ struct Call {
   }
 };
 
-const SparseAttentionLoops& loops_of(const std::string& isa) {
-  switch (isa_of(isa)) {
-#define X(isa) \
-  case Isa::isa: return isa::sparse_attention();
-    TOKENOPS_ISAS
-#undef X
-  }
-  return generic::sparse_attention();
-}
-
 int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,
                 OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
                 OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
-  const SparseAttentionLoops& loops = loops_of(isa);
+  const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
   Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row, false);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
@@ -191,35 +160,20 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
     return done ? kOk : kNoMemory;
   }
 
-  // all blocks of all heads in a row, cut where the work is even; a thread that goes on with the same head keeps its packed keys
-  struct Head {
-    int64_t sequence, kv_head, blocks, cost;  // cost of a block
-  };
-  std::vector<Head> heads;
-  std::vector<int64_t> before{0};
+  // a thread that goes on with the same head keeps its packed keys
+  BlockRow heads;
   for (int64_t s = 0; s < p.sequences; ++s)
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       int64_t blocks = 0;
       for (int64_t g = 0; g < p.group(); ++g) blocks += loops.query_blocks(p.queries.at(s, h * p.group() + g).count);
-      heads.push_back({s, h, blocks, p.keys.at(s, h).count + 16});
-      before.push_back(before.back() + blocks * heads.back().cost);
+      heads.add(blocks, p.keys.at(s, h).count + 16);
     }
-  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), before.back());
-  const auto place = [&](int64_t piece) {  // the block that starts a piece: (head, block)
-    const int64_t at = static_cast<int64_t>(static_cast<__int128>(before.back()) * piece / pieces);
-    const int64_t i = std::upper_bound(before.begin(), before.end(), at) - before.begin() - 1;
-    return i == static_cast<int64_t>(heads.size()) ? std::pair<int64_t, int64_t>(i, 0)
-                                                   : std::pair<int64_t, int64_t>(i, (at - before[i]) / heads[i].cost);
-  };
+  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), heads.work());
   const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t piece, Lease& lease) {
-    const auto [first, first_block] = place(piece);
-    const auto [last, last_block] = place(piece + 1);
-    for (int64_t i = first; i < static_cast<int64_t>(heads.size()) && i <= last; ++i) {
-      const int64_t from = i == first ? first_block : 0, to = i == last ? last_block : heads[i].blocks;
-      if (from == to) continue;
-      loops.forward(p, heads[i].sequence, heads[i].kv_head, from, to, lease.holds == i, lease.memory);
+    heads.for_piece(piece, pieces, [&](int64_t i, int64_t from, int64_t to) {
+      loops.forward(p, i / p.kv_heads, i % p.kv_heads, from, to, lease.holds == i, lease.memory);
       lease.holds = i;
-    }
+    });
   });
   return done ? kOk : kNoMemory;
 }
@@ -228,7 +182,7 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
                  Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, OptionalTensor q_index, OptionalTensor kv_index,
                  OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
                  double scale, std::string isa) {
-  const SparseAttentionLoops& loops = loops_of(isa);
+  const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
   Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true, true);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;

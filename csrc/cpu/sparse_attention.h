@@ -4,9 +4,10 @@
 
 #include <stdint.h>
 
+#include "storage.h"
+
 namespace tokenops {
 
-enum class Storage { f32, bf16, f16 };
 enum class Mask { none, boolean, f32, bf16, f16 };
 
 // One list of grid rows: an index list without its empty slots, or a plain range.

@@ -4,6 +4,7 @@
 #include "sparse_attention_backward.h"
 #include "sparse_attention_forward.h"
 #include "sparse_attention_short.h"
+#include "storage_types.h"
 
 namespace tokenops {
 namespace TOKENOPS_ISA {
@@ -16,26 +17,6 @@ int64_t forward_bytes(const SparseAttention& p, int64_t keys) {
   ForwardBlock<T, Dot, kTileVectors>(arena, p);
   ShortHead<T, Dot, kTileVectors>(arena, p);
   return arena.used;
-}
-
-// which storage type runs on which dot product
-
-#if defined(__AVX512BF16__)
-typedef Bf16Dot DotOfBf16;
-#else
-typedef FloatDot DotOfBf16;
-#endif
-
-template <class T, class Dot>
-struct Types {};
-template <class F>
-auto with_types(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::bf16: return f(Types<bf16, DotOfBf16>{});
-    case Storage::f16: return f(Types<f16, FloatDot>{});
-    case Storage::f32: break;
-  }
-  return f(Types<float, FloatDot>{});
 }
 
 int64_t forward_scratch(const SparseAttention& p, int64_t keys) {
@@ -59,10 +40,11 @@ void sum_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
 
 }  // namespace
 
-const SparseAttentionLoops& sparse_attention() {
-  static constexpr SparseAttentionLoops loops{query_blocks,  forward_scratch,  forward,  is_short,
+template <>
+const SparseAttentionLoops& loops() {
+  static constexpr SparseAttentionLoops table{query_blocks,  forward_scratch,  forward,  is_short,
                                               forward_short, backward_scratch, backward, sum_parts};
-  return loops;
+  return table;
 }
 
 }  // namespace TOKENOPS_ISA

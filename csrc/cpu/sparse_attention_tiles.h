@@ -48,16 +48,6 @@ Rows<T> rows_of(const Grid& grid, int64_t s, int64_t h, const int32_t* row, int6
   return {head_of<T>(grid, s, h), grid.row, row, count};
 }
 
-template <class T>
-float dot_rows(const T* a, const T* b, int64_t width) {
-  VecF<L> sum{};
-  for (int64_t c = 0; c < width; c += L) {
-    const int64_t columns = smaller(L, width - c);
-    sum += columns == L ? load<L>(a + c) * load<L>(b + c) : load_first<L>(a + c, columns) * load_first<L>(b + c, columns);
-  }
-  return sum_lanes(sum);
-}
-
 float mask_value(const SparseAttention& p, int64_t at) {
   switch (p.mask) {
     case Mask::none: return 0.f;
@@ -187,16 +177,6 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
   for (int64_t i = 0; i < last - first; ++i) p.lse[at + slot[i]] = lse[i];
   if (p.row_sq)
     for (int64_t i = 0; i < last - first; ++i) p.row_sq[at + slot[i]] = row_sq[i];
-}
-
-// calls f with the number of vectors as a constant
-template <class F>
-TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-  }
 }
 
 // calls f(query head, first query, last query) for the blocks [first_block, last_block) of a head, counted through its group

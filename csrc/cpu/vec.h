@@ -17,6 +17,10 @@ namespace TOKENOPS_ISA {
 
 #define TOKENOPS_INLINE inline __attribute__((always_inline))
 
+// the table of loops by which the baseline code reaches a room's code for this instruction set (isa.h)
+template <class Loops>
+const Loops& loops();
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)

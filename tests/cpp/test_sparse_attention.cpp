@@ -3,6 +3,7 @@
 //
 // Every buffer is an allocation of exactly its size, so one element too far is an error. What a call must not read (rows that
 // no list names, gaps between rows, scratch memory) is NaN, and what it must not write holds a mark that is looked for afterwards.
+#include "cpu/isa.h"
 #include "cpu/sparse_attention.h"
 
 #include <math.h>
@@ -17,13 +18,6 @@
 #include <vector>
 
 namespace tokenops {
-
-#define X(isa)                                    \
-  namespace isa {                                 \
-  const SparseAttentionLoops& sparse_attention(); \
-  }
-TOKENOPS_ISAS
-#undef X
 
 namespace {
 
@@ -505,7 +499,7 @@ int main(int count, char** arguments) {
     const std::string isa = arguments[i];
     bool known = false;
 #define X(name) \
-  if (isa == #name) known = true, right &= tokenops::test(#name, tokenops::name::sparse_attention());
+  if (isa == #name) known = true, right &= tokenops::test(#name, tokenops::name::loops<tokenops::SparseAttentionLoops>());
     TOKENOPS_ISAS
 #undef X
     if (!known) {
