@@ -33,9 +33,8 @@ for _schema in (
     ),
     f"plan({_PLAN}, Tensor target, bool is_slot) -> int",
     "merge(Tensor(a!) out, Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, str mode, str isa) -> int",
-    # x and out are given where something depends on them: for the gradient of amax and of size
     (
-        "merge_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_size, Tensor grad_out, Tensor? x, Tensor? out, Tensor slot, Tensor order, "
+        "merge_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_size, Tensor grad_out, Tensor x, Tensor out, Tensor slot, Tensor order, "
         "Tensor offsets, Tensor? size, str mode, str isa) -> int"
     ),
     "unmerge(Tensor(a!) out, Tensor y, Tensor slot, Tensor order, Tensor offsets, str mode, str isa) -> int",
@@ -76,7 +75,7 @@ class NativeCPU(NamedTuple):
     def merge(self, x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, out: Tensor) -> None:
         code = _cpu.token_merge_cpu_merge(out, x, plan.slot, plan.order, plan.offsets, size, mode, self._isa())
         if code != 0:
-            _explain("merge_tokens", code, reference.check_sizes, plan, size)
+            _explain("merge_tokens", code, reference.check_merge, plan, size)
 
     def merge_backward(
         self,
@@ -89,15 +88,17 @@ class NativeCPU(NamedTuple):
         grad_x: Tensor | None,
         grad_size: Tensor | None,
     ) -> None:
+        # where nothing depends on x and out, tensors of their shape stand in
+        rows = (grad_x if x is None else x), (grad_out if out is None else out)
         lists = plan.slot, plan.order, plan.offsets
-        code = _cpu.token_merge_cpu_merge_backward(grad_x, grad_size, grad_out, x, out, *lists, size, mode, self._isa())
+        code = _cpu.token_merge_cpu_merge_backward(grad_x, grad_size, grad_out, *rows, *lists, size, mode, self._isa())
         if code != 0:
-            _explain("merge_tokens_backward", code, reference.check_sizes, plan, size)
+            _explain("merge_tokens_backward", code, reference.check_merge, plan, size)
 
     def unmerge(self, y: Tensor, plan: MergePlan, mode: str, out: Tensor) -> None:
         code = _cpu.token_merge_cpu_unmerge(out, y, plan.slot, plan.order, plan.offsets, mode, self._isa())
         if code != 0:
-            _explain("unmerge_tokens", code)
+            _explain("unmerge_tokens", code, reference.check_merge, plan)
 
     def soft_merge(
         self,
@@ -140,12 +141,11 @@ class NativeCPU(NamedTuple):
         return self.isa or native.default_cpu_isa()
 
 
-def _explain(operation: str, code: int, check: Callable[..., None] | None = None, *problem: object) -> None:
+def _explain(operation: str, code: int, check: Callable[..., None], *problem: object) -> None:
     """Kernels only report what went wrong. For bad contents the check names the argument, the value and the place."""
     if code == 2:
         raise MemoryError(f"{operation}: no memory for the scratch space of the C++ kernel")
-    if check is not None:
-        check(*problem)
+    check(*problem)
     raise RuntimeError(f"{operation}: the C++ kernel refused a call that is in order (code {code}); please report it")
 
 
@@ -159,6 +159,10 @@ def cpu_objections(isa: str, operation: str, **grids: Tensor) -> list[str]:
         reasons.append(native.CPU_ABSENT)
     elif isa and isa not in native.cpu_isas():
         reasons.append(f"{isa} is not built in or not supported by this processor (here: {', '.join(native.cpu_isas())})")
+    for name in ("a", "metric"):
+        # b and meta are as wide
+        if name in grids and grids[name].shape[-1] % 8 != 0:
+            reasons.append(f"{name} must have a width that is a multiple of 8, got {grids[name].shape[-1]}")
     return reasons + _kernel_objections(grids)
 
 

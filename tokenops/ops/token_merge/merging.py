@@ -60,7 +60,8 @@ def unmerge_tokens(
     rows = _as_rows("y", y)
     refuse_forward_mode(y)
     shape = y.shape
-    for one in reversed((plan,) if isinstance(plan, MergePlan) or not isinstance(plan, Sequence) else plan):
+    plans: Sequence[MergePlan] = plan if isinstance(plan, Sequence) and not isinstance(plan, MergePlan) else (plan,)
+    for one in reversed(plans):
         check_plan(one, rows.shape[0], rows.shape[1], True, "y", y)
         rows = operators.unmerge_tokens(rows, one.slot, one.count, one.order, one.offsets, mode, backend)
     return rows if len(shape) == 3 else rows.view(shape[0], rows.shape[1], *shape[2:])

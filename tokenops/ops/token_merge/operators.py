@@ -168,13 +168,13 @@ def _plan_tokens(target: Tensor, is_slot: bool, n_out: int, backend: str | None)
     chosen = choose("plan_tokens", BACKENDS, backend, "plan_tokens", target=target)
     if reads_contents(target, chosen.name):
         reference.check_target(target, is_slot, n_out)
-    lists = _new_lists(target, *target.shape, n_out)
+    lists = _new_lists(target, target.shape[0], target.shape[1], n_out)
     _fill(lists, chosen.run.plan, target, is_slot)
     return lists
 
 
 def _plan_tokens_fake(target: Tensor, is_slot: bool, n_out: int, backend: str | None) -> Lists:
-    return _new_lists(target, *target.shape, n_out)
+    return _new_lists(target, target.shape[0], target.shape[1], n_out)
 
 
 # merging
@@ -189,8 +189,8 @@ def _merge_tokens(
 ) -> Tensor:
     chosen = choose("merge_tokens", BACKENDS, backend, "merge_tokens", x=x)
     plan = as_plan(slot, count, order, offsets)
-    if size is not None and reads_contents(x, chosen.name):
-        reference.check_sizes(plan, size)
+    if reads_contents(x, chosen.name):
+        reference.check_merge(plan, size)
     out = x.new_empty((x.shape[0], plan.n_out, x.shape[2]))
     if out.numel() > 0:
         if x.shape[1] > 0:
@@ -238,8 +238,8 @@ def _merge_tokens_backward(
     grids = {name: grid for name, grid in (("grad_out", grad_out), ("x", x), ("out", out)) if grid is not None}
     chosen = choose("merge_tokens_backward", BACKENDS, backend, "merge_tokens_backward", **grids)
     plan = as_plan(slot, count, order, offsets)
-    if size is not None and reads_contents(grad_out, chosen.name):
-        reference.check_sizes(plan, size)
+    if reads_contents(grad_out, chosen.name):
+        reference.check_merge(plan, size)
     grad_x, grad_size = _new_merge_gradients(grad_out, slot, size, wanted)
     if grad_out.numel() > 0 and slot.numel() > 0:
         chosen.run.merge_backward(grad_out, x, out, plan, size, mode, grad_x, grad_size)
@@ -275,10 +275,13 @@ def _merge_differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
 
 def _unmerge_tokens(y: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, mode: str, backend: str | None) -> Tensor:
     chosen = choose("unmerge_tokens", BACKENDS, backend, "unmerge_tokens", y=y)
+    plan = as_plan(slot, count, order, offsets)
+    if reads_contents(y, chosen.name):
+        reference.check_merge(plan)
     out = y.new_empty((y.shape[0], slot.shape[1], y.shape[2]))
     if out.numel() > 0:
         if y.shape[1] > 0:
-            chosen.run.unmerge(y, as_plan(slot, count, order, offsets), mode, out)
+            chosen.run.unmerge(y, plan, mode, out)
         else:
             out.zero_()
     return out
