@@ -301,6 +301,19 @@ TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
   return x < -126.f ? VecF<L>{} : scaled;
 }
 
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// log2 for finite x >= 0.5 by two Halley steps from the exponent and the raw mantissa (error 0.09): cubic, then at float precision
+template <int L>
+TOKENOPS_INLINE VecF<L> log2(VecF<L> x) {
+  VecF<L> y = __builtin_convertvector((VecI<L>)x - 0x3f800000, VecF<L>) * 0x1p-23f;
+  for (int i = 0; i < 2; ++i) {
+    VecF<L> ratio = x * exp2<L, 5>(-y);
+    y += 2.f * kLog2e * (ratio - 1.f) / (ratio + 1.f);
+  }
+  return y;
+}
+
 // Shuffles of a transpose, each one cheap instruction: units of kUnit floats of a and b alternate within every 128 bits, from their
 // low or high half; then whole 128-bit lanes, the even or the odd ones of a and then of b.
 template <int kUnit, int kHigh, class V, int... i>
