@@ -469,11 +469,22 @@ def test_soft_merging_is_its_definition(name: str, dtype: torch.dtype, backend: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "metas", "channels", "width"), [(1, 1, 8, 8), (1, 40, 8, 8), (300, 1, 40, 8), (130, 70, 72, 40), (65, 17, 200, 64)], ids=str
+    ("tokens", "metas", "channels", "width"), [(1, 1, 8, 8), (40, 40, 8, 8), (300, 3, 40, 8), (130, 70, 72, 40), (65, 17, 200, 64)], ids=str
 )
 def test_soft_merging_of_all_shapes(tokens: int, metas: int, channels: int, width: int, backend: str, device: str) -> None:
     call = soft_call("plain", torch.float32, tokens, metas, channels, width)
     assert_soft(call, serves(backend, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
+
+
+def test_one_meta_token_gets_the_mean(backend: str, device: str) -> None:
+    x, metric, meta = (normal(2, 300, 8, seed=seed).to(device).requires_grad_() for seed in range(3))
+    merged, mass = tokenops.soft_merge(x, metric, meta[:, :1], temperature=0.3, backend=backend)
+    assert_close("merged", merged, x.double().mean(1, keepdim=True), torch.float32)
+    assert_close("mass", mass, torch.full((2, 1), 300.0), torch.float32)
+    grads = torch.autograd.grad((merged, mass), (x, metric, meta), (normal(2, 1, 8).to(device), normal(2, 1).to(device)))
+    assert_close("gradient of x", grads[0], normal(2, 1, 8).double().expand(2, 300, 8) / 300.0, torch.float32)
+    for name, grad in zip(("metric", "meta"), grads[1:], strict=True):
+        assert_close(f"gradient of {name}", grad, torch.zeros(2, 300, 8), torch.float32)
 
 
 def test_soft_merging_of_zero_rows(backend: str, device: str) -> None:
