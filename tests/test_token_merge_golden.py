@@ -1,8 +1,8 @@
 """Parity with the published implementation of ToMe: its outputs for random, tie-free float32 inputs, kept in data/tome.pt.
 
 It lists output rows as [the sources that stay, in the order it left them; the destinations], with a distillation token behind the first.
-Ours ascend by destination; ``rows`` says which of its rows are which of ours. Its unmerge ignores its own order where there is a distillation
-token, so that case is not compared.
+Ours ascend by destination; ``rows`` says which of its rows are which of ours. Its unmerge ignores its own order where there is a
+distillation token, so that case is not compared.
 """
 
 from __future__ import annotations
