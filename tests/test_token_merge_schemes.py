@@ -295,16 +295,14 @@ def test_full_matching(backend: str, device: str) -> None:
     assert_plan(plan, wanted(metric, [BOTH] * 25, threshold=0.4, allowed=lambda i, j: j < i))
 
 
-def test_a_token_does_not_merge_into_itself(backend: str, device: str) -> None:
+def test_a_token_may_choose_itself(backend: str, device: str) -> None:
     metric = normal(1, 9, 8)
-    # the first may only receive, so that there is no circle
-    metric[0, 1:] = metric[0, :1] + 0.1 * metric[0, 1:]
-    role = torch.full((9,), SOURCE)
-    role[0] = BOTH
-    parent = parents(metric[0], [BOTH, *[SOURCE] * 8])
-    assert parent == [0] * 9
-    plan = tokenops.match_tokens(metric.to(device), scheme=role.to(device), backend=backend)
-    assert_plan(plan, [clusters(parent)])
+    plan = tokenops.match_tokens(metric.to(device), scheme=torch.full((9,), BOTH, device=device), backend=backend)
+    assert_plan(plan, [[[i] for i in range(9)]])
+    # by the dot product the longest one is everybody's best, its own too
+    metric = torch.nn.functional.normalize(metric[:, :1], dim=-1) * torch.arange(1.0, 10.0).view(1, 9, 1)
+    plan = tokenops.match_tokens(metric.to(device), scheme=torch.full((9,), BOTH, device=device), normalize=False, backend=backend)
+    assert_plan(plan, [[[8, 0, 1, 2, 3, 4, 5, 6, 7]]])
 
 
 def test_hard_sttm(backend: str, device: str) -> None:

@@ -61,7 +61,7 @@ def parents(
     found = {}
     for i in range(tokens):
         if role[i] in (Role.SOURCE, Role.BOTH):
-            candidates = [j for j in range(tokens) if role[j] in (Role.DESTINATION, Role.BOTH) and i != j and allowed(i, j)]
+            candidates = [j for j in range(tokens) if role[j] in (Role.DESTINATION, Role.BOTH) and allowed(i, j)]
             score, j = best_partner(metric[i], metric, candidates, destination_scale, normalize)
             score *= 1.0 if source_scale is None or j < 0 else float(source_scale[i])
             if j >= 0 and score > threshold:

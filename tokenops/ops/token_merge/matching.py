@@ -135,7 +135,8 @@ def match_tokens(
             "grid": all others into one token drawn in each ``cell`` of the ``grid``, the same for all samples; tokens beyond the last whole
             cell are sources.
             "previous_frame": every token into one of the frame before, wherever that one goes itself.
-            Or roles per token, [N] or [B, N] integers of ``Role``. Tokens with Role.BOTH must not merge in a circle.
+            Or roles per token, [N] or [B, N] integers of ``Role``. A token with Role.BOTH may also choose itself, and stays: give it a
+            ``locality`` that looks one way in t, in which nothing can merge in a circle.
         k: size of a group in scheme "kth".
         grid: (height, width) or (frames, height, width) of the tokens, x fastest, protected tokens before them and not counted.
         cell: (height, width) of a cell in scheme "grid".
