@@ -18,6 +18,7 @@ namespace tokenops {
 namespace {
 
 constexpr int64_t kSmallestPiece = 32 << 10;  // bytes moved; less is not worth a second thread
+constexpr int64_t kPairPiecesPerThread = 2;   // every piece packs the candidates of its sample again
 constexpr int64_t kPlaces = 3;                // t, y, x
 
 // bits of a role, as in tokenops/types.py
@@ -114,7 +115,7 @@ Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vecto
     rows.add(loops.pair_blocks(sample.a.count), sample.b.count + 16);
     most = std::max(most, sample.b.count);
   }
-  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), rows.work());
+  const int64_t pieces = std::min<int64_t>(kPairPiecesPerThread * torch::stable::get_num_threads(), rows.work());
   std::atomic<bool> finite{true};
   const bool done = run_parallel(pieces, loops.pair_scratch(p, most), [&](int64_t piece, Lease& lease) {
     rows.for_piece(piece, pieces, [&](int64_t s, int64_t from, int64_t to) {
