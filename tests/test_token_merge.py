@@ -18,6 +18,7 @@ from token_merge_oracle import (
     clusters_of,
     merged,
     objections,
+    on,
     parents,
     random_plan,
     similarity,
@@ -282,13 +283,12 @@ def sizes_of(plan: MergePlan, seed: int = 3) -> Tensor:
 @pytest.mark.parametrize("width", [1, 3, 8, 72, 129])
 @pytest.mark.parametrize("mode", [*MODES, "weighted"])
 def test_merging_is_its_definition(mode: str, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    plan = random_plan(2, 40, 23, backend=backend)
+    plan = random_plan(2, 40, 23)
     x = normal(2, 40, width, dtype=dtype)
     size = sizes_of(plan) if mode == "weighted" else None
     name = "mean" if mode == "weighted" else mode
     x_leaf, *size_leaf = leaves(*(t.to(device) for t in (x, size) if t is not None))
-    on_device = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
-    got = tokenops.merge_tokens(x_leaf, on_device, size=size_leaf[0] if size_leaf else None, mode=name, backend=backend)
+    got = tokenops.merge_tokens(x_leaf, on(plan, device), size=size_leaf[0] if size_leaf else None, mode=name, backend=backend)
     assert got.dtype == dtype
     x_double, *size_double = leaves(*(t.double() for t in (x, size) if t is not None))
     want = merged(x_double, plan, size_double[0] if size_double else None, name)
@@ -306,9 +306,8 @@ def test_merging_is_its_definition(mode: str, width: int, dtype: torch.dtype, ba
 def test_unmerging_is_its_definition(mode: str, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
     plan = random_plan(2, 40, 23)
     y = normal(2, 23, width, dtype=dtype)
-    on_device = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
     [leaf], [double] = leaves(y.to(device)), leaves(y.double())
-    got, want = tokenops.unmerge_tokens(leaf, on_device, mode=mode, backend=backend), unmerged(double, plan, mode)
+    got, want = tokenops.unmerge_tokens(leaf, on(plan, device), mode=mode, backend=backend), unmerged(double, plan, mode)
     assert torch.equal(got.double().cpu(), want)
     grad_out = normal(*want.shape, dtype=dtype, seed=9)
     (have,) = torch.autograd.grad(got, leaf, grad_out.to(device))
@@ -345,8 +344,7 @@ def test_tokens_without_size_weigh_nothing(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("form", ["B1", "N", "1N", "BN1"])
 def test_sizes_have_many_forms(form: str, backend: str, device: str) -> None:
-    plan = random_plan(1 if form == "B1" else 2, 20, 11, backend=backend)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    plan = random_plan(1 if form == "B1" else 2, 20, 11, device)
     x = normal(2, 20, 8).to(device)
     size = uniform(2, 20).to(device)
     if form in ("N", "1N"):
@@ -355,7 +353,7 @@ def test_sizes_have_many_forms(form: str, backend: str, device: str) -> None:
     out = tokenops.merge_tokens(x, plan, size=given, backend=backend)
     double = given.detach().double().requires_grad_()
     flat = double.squeeze(-1) if form == "BN1" else double
-    want = merged(x.cpu(), MergePlan(*(t.cpu() if isinstance(t, Tensor) else t for t in plan)), flat.expand(2, -1).cpu(), "mean")
+    want = merged(x.cpu(), on(plan, "cpu"), flat.expand(2, -1).cpu(), "mean")
     assert_close("out", out, want, torch.float32)
     grad_out = normal(*want.shape)
     assert_close(
@@ -368,8 +366,7 @@ def test_sizes_have_many_forms(form: str, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 20), (2, 20, 3, 5), (2, 20, 0)], ids=str)
 def test_rows_may_have_any_shape(shape: tuple[int, ...], backend: str, device: str) -> None:
-    plan = random_plan(2, 20, 11, backend=backend)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    plan = random_plan(2, 20, 11, device)
     x = normal(*shape).to(device)
     got = tokenops.merge_tokens(x, plan, backend=backend)
     assert got.shape == (2, 11, *shape[2:])
@@ -380,8 +377,7 @@ def test_rows_may_have_any_shape(shape: tuple[int, ...], backend: str, device: s
 
 
 def test_rows_are_read_and_differentiated_where_they_lie(backend: str, device: str) -> None:
-    plan = random_plan(3, 40, 21, backend=backend)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    plan = random_plan(3, 40, 21, device)
     buffer = normal(40, 3, 48).to(device).requires_grad_()
     x = buffer.transpose(0, 1)[..., 8:40]
     got = tokenops.merge_tokens(x, plan, backend=backend)
@@ -396,8 +392,7 @@ def test_rows_are_read_and_differentiated_where_they_lie(backend: str, device: s
 
 def test_only_wanted_gradients_are_kept_ready(backend: str, device: str) -> None:
     """The tokens themselves are kept for the backward pass only where a gradient depends on them."""
-    plan = random_plan(2, 20, 11, backend=backend)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    plan = random_plan(2, 20, 11, device)
     size = uniform(2, 20).to(device)
     saved: list[Tensor] = []
 
@@ -623,7 +618,7 @@ def test_bits_depend_on_neither_run_nor_threads(backend: str, device: str) -> No
     seed=st.integers(0, 1000),
 )
 def test_matching_is_its_definition(
-    batch: int, tokens: int, share: float, protect: tuple[bool, bool], ties: bool, seed: int, backend: str
+    batch: int, tokens: int, share: float, protect: tuple[bool, bool], ties: bool, seed: int, backend: str, device: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     if ties:
@@ -631,7 +626,8 @@ def test_matching_is_its_definition(
     else:
         metric = torch.randn(batch, tokens, 8, generator=generator)
     r, (class_token, distill_token) = int(share * tokens), protect
-    plan = tokenops.match_tokens(metric, r=r, class_token=class_token, distill_token=distill_token, normalize=not ties, backend=backend)
+    flags = {"class_token": class_token, "distill_token": distill_token, "normalize": not ties}
+    plan = tokenops.match_tokens(metric.to(device), r=r, **flags, backend=backend)
     role = [1 if i % 2 == 0 else 2 for i in range(tokens)]
     for at, stays in enumerate(protect):
         if stays and at < tokens:
@@ -644,12 +640,12 @@ def test_matching_is_its_definition(
 
 @settings(max_examples=30)
 @given(tokens=st.integers(2, 50), n_out=st.integers(1, 20), width=st.integers(1, 20), seed=st.integers(0, 1000))
-def test_mass_is_conserved(tokens: int, n_out: int, width: int, seed: int, backend: str) -> None:
-    plan = random_plan(2, tokens, n_out, seed, drop=0.0, backend=backend)
+def test_mass_is_conserved(tokens: int, n_out: int, width: int, seed: int, backend: str, device: str) -> None:
+    plan = random_plan(2, tokens, n_out, device, seed=seed, drop=0.0)
     # integers, so that sums are exact
-    x = torch.randint(-9, 10, (2, tokens, width), generator=torch.Generator().manual_seed(seed)).float()
+    x = torch.randint(-9, 10, (2, tokens, width), generator=torch.Generator().manual_seed(seed)).float().to(device)
     assert torch.equal(tokenops.merge_tokens(x, plan, mode="sum", backend=backend).sum(1), x.sum(1))
-    size = torch.randint(1, 5, (2, tokens), generator=torch.Generator().manual_seed(seed)).float()
+    size = torch.randint(1, 5, (2, tokens), generator=torch.Generator().manual_seed(seed)).float().to(device)
     carried = tokenops.merge_tokens(size, plan, mode="sum", backend=backend)
     mean = tokenops.merge_tokens(x, plan, size=size, backend=backend)
     torch.testing.assert_close((mean * carried[..., None]).sum(1), (x * size[..., None]).sum(1), rtol=1e-5, atol=1e-3)
@@ -657,9 +653,9 @@ def test_mass_is_conserved(tokens: int, n_out: int, width: int, seed: int, backe
 
 @settings(max_examples=30)
 @given(tokens=st.integers(2, 50), n_out=st.integers(1, 20), seed=st.integers(0, 1000))
-def test_unmerging_what_was_merged_is_constant_on_clusters(tokens: int, n_out: int, seed: int, backend: str) -> None:
-    plan = random_plan(2, tokens, n_out, seed, backend=backend)
-    x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(seed))
+def test_unmerging_what_was_merged_is_constant_on_clusters(tokens: int, n_out: int, seed: int, backend: str, device: str) -> None:
+    plan = random_plan(2, tokens, n_out, device, seed=seed)
+    x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(seed)).to(device)
     y = tokenops.merge_tokens(x, plan, backend=backend)
     back = tokenops.unmerge_tokens(y, plan, backend=backend)
     for s in range(2):
@@ -675,11 +671,11 @@ def test_unmerging_what_was_merged_is_constant_on_clusters(tokens: int, n_out: i
 
 @settings(max_examples=30)
 @given(tokens=st.integers(4, 50), r=st.integers(1, 25), seed=st.integers(0, 1000))
-def test_permuted_tokens_have_a_permuted_plan(tokens: int, r: int, seed: int, backend: str) -> None:
+def test_permuted_tokens_have_a_permuted_plan(tokens: int, r: int, seed: int, backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(seed)
-    metric = torch.randn(1, tokens, 8, generator=generator)
-    role = torch.randint(3, (tokens,), generator=generator)
-    shuffle = torch.randperm(tokens, generator=generator)
+    metric = torch.randn(1, tokens, 8, generator=generator).to(device)
+    role = torch.randint(3, (tokens,), generator=generator).to(device)
+    shuffle = torch.randperm(tokens, generator=generator).to(device)
     plan = tokenops.match_tokens(metric, scheme=role, r=r, backend=backend)
     permuted = tokenops.match_tokens(metric[:, shuffle], scheme=role[shuffle], r=r, backend=backend)
     as_sets = {frozenset(members) for members in clusters_of(plan, 0) if members}
@@ -689,29 +685,29 @@ def test_permuted_tokens_have_a_permuted_plan(tokens: int, r: int, seed: int, ba
 
 @settings(max_examples=30)
 @given(tokens=st.integers(2, 40), middle=st.integers(1, 20), n_out=st.integers(1, 10), seed=st.integers(0, 1000), shared=st.booleans())
-def test_a_composed_plan_is_both_in_turn(tokens: int, middle: int, n_out: int, seed: int, shared: bool, backend: str) -> None:
-    first = random_plan(1 if shared else 2, tokens, middle, seed, backend=backend)
-    second = random_plan(2, middle, n_out, seed + 1, backend=backend)
+def test_a_composed_plan_is_both_in_turn(tokens: int, middle: int, n_out: int, seed: int, shared: bool, backend: str, device: str) -> None:
+    first = random_plan(1 if shared else 2, tokens, middle, device, seed=seed)
+    second = random_plan(2, middle, n_out, device, seed=seed + 1)
     both = tokenops.compose_plans(first, second)
     reference.check_merge(both)
     generator = torch.Generator().manual_seed(seed)
     # integers, so that sums are exact; positive, so that the 0 of a row that is empty in between is no maximum
-    x = torch.randint(1, 20, (2, tokens, 4), generator=generator).float()
+    x = torch.randint(1, 20, (2, tokens, 4), generator=generator).float().to(device)
     for mode in ("sum", "amax"):
         once = tokenops.merge_tokens(x, first, mode=mode, backend=backend)
         in_turn = tokenops.merge_tokens(once, second, mode=mode, backend=backend)
         assert torch.equal(tokenops.merge_tokens(x, both, mode=mode, backend=backend), in_turn)
-    y = torch.randn(2, n_out, 4, generator=generator)
+    y = torch.randn(2, n_out, 4, generator=generator).to(device)
     assert torch.equal(tokenops.unmerge_tokens(y, both, backend=backend), tokenops.unmerge_tokens(y, [first, second], backend=backend))
 
 
 @settings(max_examples=20)
 @given(tokens=st.integers(2, 60), layers=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_a_chain_of_layers_composes(tokens: int, layers: int, seed: int, backend: str) -> None:
+def test_a_chain_of_layers_composes(tokens: int, layers: int, seed: int, backend: str, device: str) -> None:
     """Plans of matches, as a model makes them: here destinations too are those of the steps in turn."""
     generator = torch.Generator().manual_seed(seed)
-    x = start = torch.randn(2, tokens, 8, generator=generator)
-    size = torch.ones(2, tokens)
+    x = start = torch.randn(2, tokens, 8, generator=generator).to(device)
+    size = torch.ones(2, tokens, device=device)
     plans, kept = [], start
     for _ in range(layers):
         plan = tokenops.match_tokens(x, ratio=0.3, backend=backend)
@@ -721,7 +717,7 @@ def test_a_chain_of_layers_composes(tokens: int, layers: int, seed: int, backend
     whole = plans[0]
     for plan in plans[1:]:
         whole = tokenops.compose_plans(whole, plan)
-    assert torch.equal(size.sum(-1), torch.full((2,), float(tokens)))
+    assert torch.equal(size.sum(-1), torch.full((2,), float(tokens), device=device))
     torch.testing.assert_close(tokenops.merge_tokens(start, whole, backend=backend), x, rtol=1e-4, atol=1e-5)
     assert torch.equal(tokenops.merge_tokens(start, whole, mode="replace", backend=backend), kept)
     assert torch.equal(tokenops.unmerge_tokens(x, plans, backend=backend), tokenops.unmerge_tokens(x, whole, backend=backend))

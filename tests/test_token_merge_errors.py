@@ -10,13 +10,20 @@ from token_merge_oracle import random_plan
 from torch import Tensor
 
 import tokenops
-from tokenops import MergePlan, Window
+from tokenops import Window
 from tokenops.types import Role
 
 METRIC = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
 X = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(1))
 PLAN = random_plan(2, 20, 7)
 META = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU contents are read on request only."""
+    monkeypatch.setenv("TOKENOPS_CHECK", "1")
+
 
 Bad = dict[str, tuple[dict[str, Any], type[Exception], str]]
 
@@ -84,8 +91,7 @@ PAIR_CONTENTS: Bad = {
 
 
 @mistakes(PAIR_CONTENTS)
-def test_pairwise_argmax_refuses_contents(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENOPS_CHECK", "1")
+def test_pairwise_argmax_refuses_contents(name: str, backend: str, device: str) -> None:
     change, error, message = PAIR_CONTENTS[name]
     call = {"a": METRIC, "b": METRIC, **change}
     with pytest.raises(error, match=message):
@@ -207,8 +213,7 @@ MATCH_CONTENTS: Bad = {
 
 
 @mistakes(MATCH_CONTENTS)
-def test_match_tokens_refuses_contents(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENOPS_CHECK", "1")
+def test_match_tokens_refuses_contents(name: str, backend: str, device: str) -> None:
     change, error, message = MATCH_CONTENTS[name]
     call = {"metric": METRIC, "r": 3, **change}
     with pytest.raises(error, match=message):
@@ -274,7 +279,7 @@ def test_compose_refuses() -> None:
     with pytest.raises(ValueError, match="second must be for first's 2 samples or for 1, got 3"):
         tokenops.compose_plans(PLAN, random_plan(3, 7, 4))
     with pytest.raises(ValueError, match=r"second\.slot must be on first.slot's device cpu, got meta"):
-        tokenops.compose_plans(PLAN, MergePlan(*(x.to("meta") if isinstance(x, Tensor) else x for x in random_plan(2, 7, 4))))
+        tokenops.compose_plans(PLAN, random_plan(2, 7, 4, "meta"))
 
 
 @pytest.mark.parametrize(
@@ -323,8 +328,7 @@ def test_merge_tokens_refuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), -float("inf")])
-def test_sizes_must_not_be_negative(value: float, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENOPS_CHECK", "1")
+def test_sizes_must_not_be_negative(value: float, backend: str, device: str) -> None:
     plan = tokenops.plan_from_slots(torch.tensor([[0, 0, 1, -1]] * 2, device=device), 2)
     x = torch.ones(2, 4, 3, device=device)
     size = torch.ones(2, 4, device=device)
@@ -352,9 +356,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_plan_must_not_contradict_itself(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_must_not_contradict_itself(name: str, backend: str, device: str) -> None:
     """Hand-made or damaged plans are refused before a row is read."""
-    monkeypatch.setenv("TOKENOPS_CHECK", "1")
     plan = tokenops.plan_from_slots(torch.tensor([[0, 0, 1, 0], [0, 0, 1, 1]], device=device), 2, backend=backend)
     parts = {field: x.clone() for field, x in plan._asdict().items() if isinstance(x, Tensor)}
     for key, (sample, at, value) in BROKEN[name].items():
@@ -416,10 +419,7 @@ def test_soft_merge_refuses(name: str) -> None:
     ],
     ids=["negative mass", "NaN mass", "learned temperature"],
 )
-def test_soft_merge_refuses_contents(
-    change: dict[str, Tensor], message: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TOKENOPS_CHECK", "1")
+def test_soft_merge_refuses_contents(change: dict[str, Tensor], message: str, backend: str, device: str) -> None:
     call = {"x": X, "metric": METRIC, "meta": META, "temperature": torch.tensor(0.5), **change}
     with pytest.raises(ValueError, match=message):
         tokenops.soft_merge(**{key: x.to(device) for key, x in call.items()}, backend=backend)

@@ -26,8 +26,8 @@ def normal(*shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def lists(plan: MergePlan, device: str) -> tuple[Tensor, ...]:
-    return tuple(x.to(device) for x in (plan.slot, plan.count, plan.order, plan.offsets))
+def lists(plan: MergePlan) -> tuple[Tensor, ...]:
+    return plan.slot, plan.count, plan.order, plan.offsets
 
 
 def sizes(device: str, batch: int = 2, tokens: int = 12) -> Tensor:
@@ -40,7 +40,7 @@ def calls(device: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
     place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32, device=device) for n in (3, 4, 1)))
     place, keep = place[None], torch.arange(12, device=device)[None] % 5 > 0
     role = torch.tensor([[0, 1, 2] * 4], dtype=torch.int8, device=device)
-    plan, shared = lists(random_plan(2, 12, 7), device), lists(random_plan(1, 12, 7), device)
+    plan, shared = lists(random_plan(2, 12, 7, device)), lists(random_plan(1, 12, 7, device))
     temperature = torch.tensor(0.3, device=device)
     no_more = (None,) * 6
     return {
@@ -313,8 +313,7 @@ def assert_vmap_is_a_loop(run: Callable[..., Any], *stacked: Tensor, in_dims: An
 
 def test_vmap_is_a_loop(device: str) -> None:
     x, metas, size = normal(3, 2, 12, 8, device=device), normal(3, 2, 5, 8, device=device), sizes(device)
-    plan = random_plan(2, 12, 7)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    plan = random_plan(2, 12, 7, device)
     shared = tokenops.match_tokens(x[0, :1], r=3)
 
     def merge(x: Tensor, size: Tensor) -> Tensor:
@@ -336,7 +335,7 @@ def test_vmap_is_a_loop(device: str) -> None:
 def test_vmap_passes_gradients_on(device: str) -> None:
     x, meta = normal(3, 2, 12, 8, device=device).requires_grad_(), normal(2, 5, 8, device=device).requires_grad_()
     size, temperature = sizes(device).requires_grad_(), torch.tensor(0.3, device=device, requires_grad=True)
-    plan = MergePlan(*(t.to(device) if isinstance(t, Tensor) else t for t in random_plan(2, 12, 7)))
+    plan = random_plan(2, 12, 7, device)
 
     def run(x: Tensor) -> Tensor:
         merged = tokenops.merge_tokens(x, plan, size=size)

@@ -157,9 +157,14 @@ def soft_merged(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.einsum("bnm,bnc->bmc", p, x) / mass[..., None], mass
 
 
-def random_plan(batch: int, tokens: int, n_out: int, seed: int = 0, drop: float = 0.1, backend: str | None = None) -> MergePlan:
+def on(plan: MergePlan, device: str) -> MergePlan:
+    """The plan there."""
+    return MergePlan(*(part.to(device) if isinstance(part, Tensor) else part for part in plan))
+
+
+def random_plan(batch: int, tokens: int, n_out: int, device: str = "cpu", *, seed: int = 0, drop: float = 0.1) -> MergePlan:
     """Any tokens in any row, some in none."""
     generator = torch.Generator().manual_seed(seed)
     slot = torch.randint(n_out, (batch, tokens), generator=generator)
     slot = slot.masked_fill(torch.rand(batch, tokens, generator=generator) < drop, -1)
-    return tokenops.plan_from_slots(slot, n_out, backend=backend)
+    return on(tokenops.plan_from_slots(slot, n_out, backend="reference"), device)
