@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import check_tensor
+from tokenops.ops.arguments import as_bounds, check_tensor
+from tokenops.ops.token_select import select as select
 from tokenops.types import TokenIndex
 
 
-def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
+def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tensor | None = None) -> TokenIndex:
     """The True positions of each row as an ascending list, filled up with -1.
 
     Args:
-        mask: [N], [B, N] or [B, H, N] bool.
-        max_k: width K of the lists, default N. Positions beyond it are dropped, the last ones first. The width does not depend on the
-            contents, so nothing waits for the device.
+        mask: [N], [B, N] or [B, H, N] bool; or packed, [T] with cu_seqlens.
+        max_k: width K of the lists, default N (or T). Positions beyond it are dropped, the last ones first. The width does not depend on
+            the contents, so nothing waits for the device.
+        cu_seqlens: [B + 1] int32 (int64 accepted): sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1] of a packed mask, and gets a list
+            of its own, [B, K], of ids of packed rows.
 
     Returns:
         TokenIndex of index [..., K] and count [...], both int32.
@@ -27,19 +32,34 @@ def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if cu_seqlens is not None and mask.dim() != 1:
+        raise ValueError(f"mask must be [T] with cu_seqlens, got {list(mask.shape)}")
     if not 1 <= mask.dim() <= 3:
         raise ValueError(f"mask must be [N] | [B, N] | [B, H, N], got {list(mask.shape)}")
-    rows = mask.shape[-1]
-    width = rows if max_k is None else max_k
+    width = mask.shape[-1] if max_k is None else max_k
     if width < 0:
         raise ValueError(f"max_k must not be negative, got {max_k}")
-    ids = torch.arange(rows, dtype=torch.int32, device=mask.device)
-    # a row that is left out sorts behind all others
-    index = torch.where(mask, ids, rows).sort(-1).values[..., :width]
-    index = index.masked_fill(index == rows, -1)
-    if width > rows:
-        index = torch.nn.functional.pad(index, (0, width - rows), value=-1)
-    return TokenIndex(index.to(torch.int32), mask.sum(-1, dtype=torch.int32).clamp(max=width))
+    if cu_seqlens is not None:
+        return _of_packed(mask, as_bounds("cu_seqlens", cu_seqlens, "mask", mask), width)
+    return _of_rows(mask, width)
+
+
+def _of_rows(mask: Tensor, width: int) -> TokenIndex:
+    # the chosen ones are all as good: where there are too many, the lowest ids win
+    lists = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1]).to(torch.float32)
+    index, count = torch.ops.tokenops.select_tokens.default(lists, width, 0.5, 0, None)
+    return TokenIndex(index.view(*mask.shape[:-1], width), count.view(mask.shape[:-1]))
+
+
+def _of_packed(mask: Tensor, cu_seqlens: Tensor, width: int) -> TokenIndex:
+    # all kept rows in a row: each sample's list is a stretch of them
+    kept = _of_rows(mask, mask.shape[0] + 1).index
+    before = torch.nn.functional.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
+    bounds = before[cu_seqlens.clamp(0, mask.shape[0])]
+    count = bounds.diff().clamp(0, width)
+    slot = torch.arange(width, dtype=torch.int32, device=mask.device)
+    index = kept[(bounds[:-1, None] + slot).clamp(max=mask.shape[0])]
+    return TokenIndex(torch.where(slot < count[:, None], index, -1), count)
 
 
 def mask_from_index(index: Tensor | TokenIndex, n: int) -> Tensor:
