@@ -343,7 +343,7 @@ bool soft_is_right(const TokenMergeLoops& loops) {
   const int64_t n = pick(1, 70), m = pick(2, 20), width = pick(1, 40), metric_width = pick(4, 24);
   const bool normalize = chance(0.7), massed = chance(0.7);
   const double temperature = normalize ? 0.5 : 4.0;
-  Table x(storage, n, width), metric(storage, n, metric_width), meta(storage, m, metric_width), out(storage, m, width, kMark);
+  Table x(storage, n, width), metric(storage, n, metric_width), meta(storage, m, metric_width), out(Storage::f32, m, width, kMark);
   for (Table* table : {&x, &metric, &meta}) table->randomise();
   Numbers mass(Storage::f32, n, 1), mass_out(Storage::f32, m, kMark), lse(Storage::f32, n, kMark);
   for (int64_t i = 0; i < n && massed; ++i) mass.set(i, pick_of({0.0, 0.5, 1.0, 2.0}));
@@ -353,7 +353,7 @@ bool soft_is_right(const TokenMergeLoops& loops) {
   s.metric = metric.numbers.data(), s.metric_row = metric.pitch;
   s.meta = meta.numbers.data(), s.meta_row = meta.pitch;
   if (massed) s.mass = static_cast<float*>(mass.data()), s.mass_row = 1;
-  s.out = out.numbers.data(), s.out_row = out.pitch;
+  s.out = static_cast<float*>(out.numbers.data()), s.out_row = out.pitch;
   s.mass_out = static_cast<float*>(mass_out.data()), s.lse = static_cast<float*>(lse.data());
   const std::vector<int64_t> cuts = cut(n);
   const int64_t parts = static_cast<int64_t>(cuts.size()) - 1;
@@ -404,13 +404,13 @@ bool soft_is_right(const TokenMergeLoops& loops) {
   }
   right &= lses.holds(storage) & masses.holds(storage) & outs.holds(storage);
 
-  Table grad_out(storage, m, width), grad_x(storage, n, width, kMark), grad_metric(storage, n, metric_width, kMark);
+  Table grad_out(Storage::f32, m, width), grad_x(storage, n, width, kMark), grad_metric(storage, n, metric_width, kMark);
   Table grad_meta(storage, m, metric_width, kMark);
   Numbers grad_mass_out(Storage::f32, m, 0), grad_mass(Storage::f32, n, kMark), grad_temperature(Storage::f32, 1, kMark);
   // <grad_out, x> of order one, like the gradient of the masses
   grad_out.randomise(1 / sqrt(static_cast<double>(width)));
   for (int64_t j = 0; j < m; ++j) grad_mass_out.set(j, normal());
-  s.grad_out = grad_out.numbers.data(), s.grad_out_row = grad_out.pitch;
+  s.grad_out = static_cast<float*>(grad_out.numbers.data()), s.grad_out_row = grad_out.pitch;
   s.grad_mass_out = static_cast<float*>(grad_mass_out.data());
   const bool want_x = chance(0.8), want_metric = chance(0.8), want_meta = chance(0.8), want_mass = chance(0.8), want_heat = chance(0.8);
   if (want_x) s.grad_x = grad_x.numbers.data(), s.grad_x_row = grad_x.pitch;
