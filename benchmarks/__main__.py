@@ -28,7 +28,7 @@ from .harness import Case, Request, case_id
 from .record import Record
 from .roof import measure_roof
 
-ROOMS = ("sparse_attention",)
+ROOMS = ("sparse_attention", "token_select", "token_merge")
 
 # seconds of timing for each case, all contenders together
 BUDGET = {"quick": 2.0, "full": 6.0}
@@ -103,8 +103,8 @@ def bench(
     """Time tokenops against its peers on this machine.
 
     Every contender of a case gets the same inputs in the same process; its result is checked against the float64 reference, and a wrong one
-    gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention. Without one,
-    all are run. Exit status 1: a result of ours was wrong.
+    gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention,
+    token_select, token_merge. Without one, all are run. Exit status 1: a result of ours was wrong.
 
     \b
     tokenops bench                                       the quick preset

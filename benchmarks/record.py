@@ -28,6 +28,7 @@ def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, r
         "flops": trial.cost.flops,
         "bytes": trial.cost.bytes,
         "page_faults": measurement.page_faults,
+        "remark": trial.remark,
         "repro": repro,
         "contenders": [_contender(outcome, trial) for outcome in measurement.outcomes],
     }
@@ -49,6 +50,8 @@ def _contender(outcome: Outcome, trial: Trial) -> Record:
             "gflops": trial.cost.flops / outcome.seconds.median * 1e-9,
             "gbs": trial.cost.bytes / outcome.seconds.median * 1e-9,
         }
+    if outcome.memory is not None:
+        record["memory"] = outcome.memory
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
     return record

@@ -41,6 +41,9 @@ def case_block(case: Record) -> Table:
     table.add_column("", width=24, no_wrap=True)
     for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), *((f"of {roof}", 7) for roof in ROOFS)):
         table.add_column(heading, width=width, justify="right", no_wrap=True)
+    weighed = any("memory" in contender for contender in case["contenders"])
+    if weighed:
+        table.add_column("adds MB", width=7, justify="right", no_wrap=True)
     for contender in ours:
         heading = f"{contender['name']} is faster"
         table.add_column(heading, min_width=18, no_wrap=True)
@@ -57,6 +60,7 @@ def case_block(case: Record) -> Table:
             f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
             f"{contender['gbs']:.1f}",
             *(_percent_cell(contender, roof) for roof in ROOFS),
+            *([f"{contender['memory'] * 1e-6:.1f}"] if weighed else []),
             *ratios,
         )
     return table
@@ -82,7 +86,7 @@ def _ratio_cell(mine: Record, contender: Record) -> Text:
 
 def case_remarks(case: Record) -> list[Text]:
     """What a block must say in words: who did not finish and why, and how to run it again."""
-    remarks = []
+    remarks = [Text(f"  {case['remark']}")] if case["remark"] else []
     for contender in case["contenders"]:
         if contender["status"] in ("wrong", "failed"):
             reasons = "; ".join(contender["reasons"])
@@ -105,11 +109,16 @@ def print_case(console: Console, case: Record) -> None:
 
 
 def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
-    """How many times faster we are: a line for each case, a column for each peer, a table for each of our backends."""
+    """How many times faster we are: a line for each case, a column for each peer, a table for each room and each of our contenders."""
+    for room in dict.fromkeys(case["room"] for case in cases):
+        yield from _room_tables(room, [case for case in cases if case["room"] == room])
+
+
+def _room_tables(room: str, cases: Sequence[Record]) -> Iterable[Table]:
     names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
     peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
     for name in names:
-        title = f"{name}: how many times faster than"
+        title = f"{room}, {name}: how many times faster than"
         table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
