@@ -228,6 +228,23 @@ def bind(
     return forward_backward
 
 
+def compiled_peer(
+    request: Request,
+    call: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    canonical: Callable[[Results], Results] = lambda results: results,
+    *,
+    grads: Tensor | Sequence[Tensor] = (),
+    differentiate: bool = False,
+) -> Contender:
+    """The peer "torch" through torch.compile."""
+    if not request.slow_peers:
+        return Contender("torch, compiled", lambda: (), objections=["compiling takes tens of seconds: use --preset full"])
+    torch._dynamo.reset()
+    compiled = torch.compile(call, dynamic=False)
+    return Contender("torch, compiled", bind(compiled, inputs, grads, differentiate), canonical=canonical, note="the same by torch.compile")
+
+
 def error_fraction(result: Tensor, expected: Tensor, dtype: str) -> float:
     """The error as a fraction of the tolerance: above 1 is wrong. NaN and infinity count as infinitely wrong, unless expected."""
     if result.shape != expected.shape:
