@@ -3,16 +3,39 @@
 from tokenops.ops.sdpa import patch_sdpa
 from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
 from tokenops.ops.token_index import index_from_mask, mask_from_index
-from tokenops.types import Aux, TokenIndex
+from tokenops.ops.token_merge import (
+    compose_plans,
+    match_tokens,
+    merge_schedule,
+    merge_tokens,
+    pairwise_argmax,
+    plan_from_parents,
+    plan_from_slots,
+    soft_merge,
+    unmerge_tokens,
+)
+from tokenops.types import Aux, MergePlan, Role, TokenIndex, Window
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aux",
+    "MergePlan",
+    "Role",
     "TokenIndex",
+    "Window",
+    "compose_plans",
     "index_from_mask",
     "mask_from_index",
+    "match_tokens",
+    "merge_schedule",
+    "merge_tokens",
+    "pairwise_argmax",
     "patch_sdpa",
+    "plan_from_parents",
+    "plan_from_slots",
+    "soft_merge",
     "sparse_attention",
     "sparse_attention_varlen",
+    "unmerge_tokens",
 ]

@@ -179,16 +179,6 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
     for (int64_t i = 0; i < last - first; ++i) p.row_sq[at + slot[i]] = row_sq[i];
 }
 
-// calls f with the number of vectors as a constant
-template <class F>
-TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-  }
-}
-
 // calls f(query head, first query, last query) for the blocks [first_block, last_block) of a head, counted through its group
 template <class F>
 void for_query_blocks(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t first_block, int64_t last_block, F&& f) {
