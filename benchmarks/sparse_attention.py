@@ -24,8 +24,6 @@ from tokenops.types import AttentionProblem
 from . import video
 from .harness import DTYPES, Contender, Cost, Request, Results, Trial, bind, contenders_of_ours, variants
 
-CHANGE = 0.05  # of a pixel range of 2: a patch that changed less is dropped in the ragged video case
-
 
 class Case(NamedTuple):
     name: str
@@ -100,7 +98,7 @@ def make_inputs(case: Case, request: Request) -> Inputs:
         if request.video is None:
             raise ValueError(f"{case.name} needs a video, got none")
         tokens = request.video(case.batch)
-        index: Tensor | None = video.changed_more_than(tokens.change, CHANGE)
+        index: Tensor | None = video.changed_more_than(tokens.change, video.CHANGE)
         if isinstance(case.kept, int):
             index = video.most_changed(tokens.change, case.kept)
         rows = video.project(tokens.patches, [case.heads * case.width] * 3, generator)

@@ -18,6 +18,7 @@ PATCH = 16
 FRAMES = 8  # of a clip; 8 x 14 x 14 patches and one class token are 1569 tokens
 STRIDE = 4  # frames of the file from one frame of a clip to the next, if the file is long enough
 LONGEST = 512  # frames of the file that are looked at
+CHANGE = 0.05  # of a pixel range of 2: a patch that changed less is dropped in the ragged cases
 
 TOKENS_PER_FRAME = (SIDE // PATCH) ** 2
 TOKENS = FRAMES * TOKENS_PER_FRAME + 1

@@ -287,7 +287,7 @@ def test_index_lists_of_the_excerpt() -> None:
     assert (same.diff(dim=1) > 0).all()
     # the class token and the whole first frame
     assert torch.equal(same[:, :197], torch.arange(197, dtype=torch.int32).expand(8, -1))
-    ragged = video.changed_more_than(tokens.change, sparse_attention.CHANGE)
+    ragged = video.changed_more_than(tokens.change, video.CHANGE)
     counts = (ragged >= 0).sum(1)
     assert counts.max() == ragged.shape[1]
     assert counts.min() < 0.5 * counts.max()
