@@ -1,4 +1,4 @@
-"""The command line: ``tokenops bench``, ``tokenops info``, ``tokenops compare``."""
+"""The command line: ``tokenops bench``, ``tokenops info``, ``tokenops compare``, ``tokenops picture``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 
 import tokenops
 
-from . import allocator, chart, compare, environment, harness, record, table, video
+from . import allocator, chart, compare, environment, harness, picture, record, table, video
 from .harness import Case, Request, case_id
 from .record import Record
 from .roof import measure_roof
@@ -292,6 +292,30 @@ def compare_command(before: Path, after: Path) -> None:
     only_one = compare.unmatched(*runs)
     if only_one:
         out.print(f"in only one of them: {', '.join(only_one)}", style="dim", soft_wrap=True)
+
+
+@cli.command("picture")
+@click.argument("path", type=Output(CHARTS), metavar="FILE")
+@click.option("--video", "video_path", type=click.Path(), help="A frame of this film.  [default: an excerpt of Big Buck Bunny]")
+@click.option("--frame", type=click.IntRange(min=0), help="Which one, from 0.  [default: the middle one]")
+@click.option("--backend", metavar="NAME", help="Merge by this backend (see 'tokenops info').")
+def picture_command(path: Path, video_path: str | None, frame: int | None, backend: str | None) -> None:
+    """Draw what merging does: a frame of a video, and the clusters its tokens form, round after round (PNG, PDF or SVG)."""
+    if backend is not None:
+        _check_backends([backend], {"token_merge": _room("token_merge")})
+    source = Path(video_path or video.EXCERPT)
+    try:
+        frames = video.read_frames(source)
+        at = len(frames) // 2 if frame is None else frame
+        if at >= len(frames):
+            raise click.UsageError(f"--frame must be less than {len(frames)}, the number of frames, got {at}")
+        rounds = picture.merge_frame(frames[at], backend)
+        picture.draw(
+            frames[at], rounds, path, f"{source.name}, frame {at}: tokens merged with their likes, each cluster in its mean colour"
+        )
+    except (video.VideoError, chart.ChartError, NotImplementedError) as error:
+        raise click.ClickException(str(error)) from error
+    console().print(f"picture   {path}")
 
 
 def main() -> None:

@@ -52,14 +52,17 @@ def restart(arguments: Sequence[str], isa: str | None = None) -> None:
         os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], environment)
 
 
-def touch_pool(size: int = 1 << 30) -> int:
-    """Writes to ``size`` bytes once (at most a quarter of what is free), so that later blocks find their pages present. Bytes touched."""
+def touch_pool(size: int = 1 << 30, piece: int = 1 << 18) -> int:
+    """Writes to ``size`` bytes once (at most a quarter of what is free), so that later blocks find their pages present. Bytes touched.
+
+    In pieces, because they also fill the gaps between blocks in use, whose pages ``added_memory`` gives back.
+    """
     if platform.libc_ver()[0] != "glibc" or MARKER not in os.environ:
         return 0
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = min(size, free // 4)
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    return size
+    pieces = [torch.ones(piece, dtype=torch.uint8) for _ in range(size // piece)]
+    return len(pieces) * piece
 
 
 def added_memory(call: Callable[[], object]) -> int | None:

@@ -365,8 +365,11 @@ def _pack(case: Case, request: Request) -> Trial:
     def by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(0, 1).index_select(0, (lists.first + lists.index)[lists.filled]), _bounds(lists.filled)
 
+    kept = [sample[sample >= 0] for sample in lists.index]
+
     def nested(x: Tensor) -> tuple[Tensor, Tensor]:
-        ragged = torch.nested.masked_select(x, lists.mask)
+        samples = [sample.index_select(0, ids) for sample, ids in zip(x, kept, strict=True)]
+        ragged = torch.nested.as_nested_tensor(samples, layout=torch.jagged)
         return ragged.values(), ragged.offsets()
 
     def padded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,7 +386,7 @@ def _pack(case: Case, request: Request) -> Trial:
                 contender._replace(canonical=without_padding)
                 for contender in contenders_of_ours(request, ours, lambda backend: _serve(backend, "pack_tokens", grid))
             ),
-            Contender("x[mask]", bound(by_mask, grid, grad)),
+            Contender("boolean mask", bound(by_mask, grid, grad)),
             Contender("index_select", bound(by_rows, grid, grad)),
             Contender("nested tensor", bound(nested, grid, grad)),
             Contender(
@@ -427,7 +430,7 @@ def _unpack(case: Case, request: Request) -> Trial:
             *contenders_of_ours(
                 request, lambda backend: bound(backend, rows, grad), lambda backend: _serve(backend, "unpack_tokens", rows)
             ),
-            Contender("x[mask]", bind(by_mask, (rows,), grad, differentiate)),
+            Contender("boolean mask", bind(by_mask, (rows,), grad, differentiate)),
             Contender("index_copy", bind(by_rows, (rows,), grad, differentiate)),
         ],
         expected=bound("reference", rows.double(), grad.double()),
