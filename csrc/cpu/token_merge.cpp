@@ -18,6 +18,7 @@ namespace tokenops {
 namespace {
 
 constexpr int64_t kSmallestPiece = 32 << 10;  // bytes moved; less is not worth a second thread
+constexpr int64_t kPairPiecesPerThread = 2;   // every piece packs the candidates of its sample again
 constexpr int64_t kPlaces = 3;                // t, y, x
 
 // bits of a role, as in tokenops/types.py
@@ -114,7 +115,7 @@ Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vecto
     rows.add(loops.pair_blocks(sample.a.count), sample.b.count + 16);
     most = std::max(most, sample.b.count);
   }
-  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), rows.work());
+  const int64_t pieces = std::min<int64_t>(kPairPiecesPerThread * torch::stable::get_num_threads(), rows.work());
   std::atomic<bool> finite{true};
   const bool done = run_parallel(pieces, loops.pair_scratch(p, most), [&](int64_t piece, Lease& lease) {
     rows.for_piece(piece, pieces, [&](int64_t s, int64_t from, int64_t to) {
@@ -362,6 +363,122 @@ int64_t unmerge(Tensor out, Tensor y, Tensor slot, Tensor order, Tensor offsets,
   return kOk;
 }
 
+// x [B, N, C], metric [B, N, F], meta [B, M, F], out [B, M, C], mass_out [B, M], lse [B, N]
+struct SoftCall {
+  static constexpr int64_t kEnoughParts = 32, kSmallestPart = 256;
+  SoftMerge p;
+  int64_t batch, tokens, parts;
+  std::vector<SoftSample> samples;
+
+  SoftCall(const Tensor& x, const Tensor& metric, const Tensor& meta, double temperature, const OptionalTensor& mass, bool normalize,
+           const Tensor& out, const Tensor& mass_out, const Tensor& lse)
+      : batch(x.size(0)), tokens(x.size(1)), samples(batch) {
+    check_tokens("x", x);
+    check_like("metric", metric, x, tokens, metric.size(2));
+    check_like("meta", meta, x, meta.size(1), metric.size(2));
+    p = {storage_of("x", x), x.size(2), metric.size(2), meta.size(1), normalize, static_cast<float>(temperature)};
+    STD_TORCH_CHECK(p.metas > 0 && p.metric_width > 0, "meta must have rows and columns");
+    check_like("out", out, x, p.metas, p.width);
+    check_numbers("mass_out", mass_out, p.metas);
+    check_numbers("lse", lse, tokens);
+    if (mass) check_per_token("mass", *mass, ScalarType::Float, batch, tokens);
+    // a part follows from the shapes alone
+    parts = std::max<int64_t>(1, std::min((kEnoughParts + batch - 1) / std::max<int64_t>(batch, 1), tokens / kSmallestPart));
+    for (int64_t s = 0; s < batch; ++s) {
+      SoftSample& sample = samples[s];
+      sample = {};
+      sample.x = sample_bytes(x, s), sample.x_row = x.stride(1);
+      sample.metric = sample_bytes(metric, s), sample.metric_row = metric.stride(1);
+      sample.meta = sample_bytes(meta, s), sample.meta_row = meta.stride(1);
+      if (mass) sample.mass = sample_of<float>(*mass, s), sample.mass_row = mass->stride(1);
+      sample.out = const_cast<char*>(sample_bytes(out, s)), sample.out_row = out.stride(1);
+      sample.mass_out = numbers_of(mass_out, s), sample.lse = numbers_of(lse, s);
+    }
+  }
+
+  int64_t first_of(int64_t part) const { return tokens * part / parts; }
+
+  void check_like(const char* name, const Tensor& t, const Tensor& x, int64_t rows, int64_t width) const {
+    check_tokens(name, t);
+    check_dtype(name, t, x.scalar_type());
+    check_size(name, t, 0, batch);
+    check_size(name, t, 1, rows);
+    check_size(name, t, 2, width);
+  }
+  void check_numbers(const char* name, const Tensor& t, int64_t count) const {
+    check_per_token(name, t, ScalarType::Float, batch, count);
+    STD_TORCH_CHECK(t.is_contiguous() && t.size(0) == batch, name, " must be contiguous with a row for each sample");
+  }
+  static float* numbers_of(const Tensor& t, int64_t s) { return const_cast<float*>(t.const_data_ptr<float>()) + s * t.size(1); }
+};
+
+int64_t soft(Tensor out, Tensor mass_out, Tensor lse, Tensor x, Tensor metric, Tensor meta, double temperature, OptionalTensor mass,
+             bool normalize, std::string isa) {
+  const TokenMergeLoops& loops = loops_of<TokenMergeLoops>(isa);
+  const SoftCall call(x, metric, meta, temperature, mass, normalize, out, mass_out, lse);
+  const int64_t floats = loops.soft_part(call.p);
+  const auto sums = allocate<float>(call.batch * call.parts * floats);
+  if (!sums) return kNoMemory;
+  const auto part_of = [&](int64_t i) { return sums.get() + i * floats; };
+  std::atomic<bool> right{true};
+  const bool done = run_parallel(call.batch * call.parts, loops.soft_scratch(call.p), [&](int64_t i, Lease& lease) {
+    const int64_t part = i % call.parts;
+    if (!loops.soft(call.p, call.samples[i / call.parts], call.first_of(part), call.first_of(part + 1), part_of(i), lease.memory))
+      right = false;
+  });
+  if (!done) return kNoMemory;
+  if (!right) return kBadContents;
+  run_parallel(call.batch, 0, [&](int64_t s, Lease&) { loops.soft_sum(call.p, call.samples[s], part_of(s * call.parts), call.parts); });
+  return kOk;
+}
+
+int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTensor grad_meta, OptionalTensor grad_temperature,
+                      OptionalTensor grad_mass, Tensor grad_out, Tensor grad_mass_out, Tensor x, Tensor metric, Tensor meta,
+                      double temperature, OptionalTensor mass, bool normalize, Tensor out, Tensor mass_out, Tensor lse, std::string isa) {
+  const TokenMergeLoops& loops = loops_of<TokenMergeLoops>(isa);
+  SoftCall call(x, metric, meta, temperature, mass, normalize, out, mass_out, lse);
+  call.check_like("grad_out", grad_out, x, call.p.metas, call.p.width);
+  call.check_numbers("grad_mass_out", grad_mass_out, call.p.metas);
+  if (grad_x) call.check_like("grad_x", *grad_x, x, call.tokens, call.p.width);
+  if (grad_metric) call.check_like("grad_metric", *grad_metric, x, call.tokens, call.p.metric_width);
+  if (grad_meta) call.check_like("grad_meta", *grad_meta, x, call.p.metas, call.p.metric_width);
+  if (grad_mass) call.check_numbers("grad_mass", *grad_mass, call.tokens);
+  if (grad_temperature) {
+    check_rank("grad_temperature", *grad_temperature, 1);
+    check_dtype("grad_temperature", *grad_temperature, ScalarType::Float);
+    check_size("grad_temperature", *grad_temperature, 0, call.batch);
+    STD_TORCH_CHECK(grad_temperature->is_contiguous(), "grad_temperature must be contiguous");
+  }
+  for (int64_t s = 0; s < call.batch; ++s) {
+    SoftSample& sample = call.samples[s];
+    sample.grad_out = sample_bytes(grad_out, s), sample.grad_out_row = grad_out.stride(1);
+    sample.grad_mass_out = call.numbers_of(grad_mass_out, s);
+    if (grad_x) sample.grad_x = const_cast<char*>(sample_bytes(*grad_x, s)), sample.grad_x_row = grad_x->stride(1);
+    if (grad_metric) {
+      sample.grad_metric = const_cast<char*>(sample_bytes(*grad_metric, s));
+      sample.grad_metric_row = grad_metric->stride(1);
+    }
+    if (grad_meta) sample.grad_meta = const_cast<char*>(sample_bytes(*grad_meta, s)), sample.grad_meta_row = grad_meta->stride(1);
+    if (grad_mass) sample.grad_mass = call.numbers_of(*grad_mass, s);
+    if (grad_temperature) sample.grad_temperature = grad_temperature->mutable_data_ptr<float>() + s;
+  }
+  const int64_t floats = loops.soft_backward_part(call.p), prepared_floats = loops.soft_prepared(call.p);
+  const auto sums = allocate<float>(call.batch * call.parts * floats), prepared = allocate<float>(call.batch * prepared_floats);
+  if (!sums || !prepared) return kNoMemory;
+  const auto part_of = [&](int64_t i) { return sums.get() + i * floats; };
+  const auto prepared_of = [&](int64_t s) { return prepared.get() + s * prepared_floats; };
+  const int64_t scratch = loops.soft_backward_scratch(call.p);
+  run_parallel(call.batch, 0, [&](int64_t s, Lease&) { loops.soft_prepare(call.p, call.samples[s], prepared_of(s)); });
+  bool done = run_parallel(call.batch * call.parts, scratch, [&](int64_t i, Lease& lease) {
+    const int64_t s = i / call.parts, part = i % call.parts;
+    loops.soft_backward(call.p, call.samples[s], prepared_of(s), call.first_of(part), call.first_of(part + 1), part_of(i), lease.memory);
+  });
+  done &= run_parallel(call.batch, scratch, [&](int64_t s, Lease& lease) {
+    loops.soft_backward_sum(call.p, call.samples[s], part_of(s * call.parts), call.parts, lease.memory);
+  });
+  return done ? kOk : kNoMemory;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
@@ -371,6 +488,8 @@ STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
   m.impl("token_merge_cpu_merge", TORCH_BOX(&merge));
   m.impl("token_merge_cpu_merge_backward", TORCH_BOX(&merge_backward));
   m.impl("token_merge_cpu_unmerge", TORCH_BOX(&unmerge));
+  m.impl("token_merge_cpu_soft", TORCH_BOX(&soft));
+  m.impl("token_merge_cpu_soft_backward", TORCH_BOX(&soft_backward));
 }
 
 }  // namespace tokenops

@@ -59,7 +59,8 @@ struct SegmentSample {
   float* grad_size;  // [N] or null
 };
 
-// Soft assignment of tokens to meta tokens. A part is a range of tokens of one sample.
+// Soft assignment of tokens to meta tokens. Sums over tokens are taken part by part, a part being a range of tokens of one sample,
+// and added up in order: the parts follow from the shapes, so the bits do not depend on threads.
 struct SoftMerge {
   Storage storage;
   int64_t width, metric_width, metas;
@@ -69,19 +70,19 @@ struct SoftMerge {
 struct SoftSample {
   const void *x, *metric, *meta;
   int64_t x_row, metric_row, meta_row;
-  const float* mass;  // [N] or null
+  const float* mass;  // [N] or null: ones
   int64_t mass_row;
-  float* lse;  // [N]
-  // of one part: sums over its tokens
-  float* sums;       // [M, C]
-  float* mass_sums;  // [M]
-  // backward: what one token and what all tokens of the part get
-  const float* grad_sums;      // [M, C] dense
-  const float* grad_masses;    // [M]
-  void *grad_x, *grad_metric;  // rows of tokens, or null
-  int64_t grad_x_row, grad_metric_row;
-  float* grad_mass;         // [N] or null
-  float* grad_meta;         // [M, F] sums over the tokens of the part
+  void* out;  // [M] rows
+  int64_t out_row;
+  float* mass_out;  // [M]
+  float* lse;       // [N]
+  // backward only; null where no gradient is wanted
+  const void* grad_out;  // [M] rows
+  int64_t grad_out_row;
+  const float* grad_mass_out;  // [M]
+  void *grad_x, *grad_metric, *grad_meta;
+  int64_t grad_x_row, grad_metric_row, grad_meta_row;
+  float* grad_mass;         // [N]
   float* grad_temperature;  // [1]
 };
 
@@ -95,6 +96,20 @@ struct TokenMergeLoops {
   bool (*merge_backward)(const Segments&, const SegmentSample&, int64_t first, int64_t last);
   // token rows [first, last)
   void (*unmerge)(const Segments&, const SegmentSample&, int64_t first, int64_t last);
+  // tokens [first, last) into a part, then all parts of a sample into its results (the sums run in place). False: a metric or a mass is out
+  // of range.
+  int64_t (*soft_scratch)(const SoftMerge&);
+  int64_t (*soft_part)(const SoftMerge&);  // floats of a part
+  bool (*soft)(const SoftMerge&, const SoftSample&, int64_t first, int64_t last, float* part, char* scratch);
+  void (*soft_sum)(const SoftMerge&, const SoftSample&, float* parts, int64_t count);
+  // backward: what all parts of a sample read is prepared first
+  int64_t (*soft_backward_scratch)(const SoftMerge&);
+  int64_t (*soft_prepared)(const SoftMerge&);       // floats of it
+  int64_t (*soft_backward_part)(const SoftMerge&);  // floats of a part
+  void (*soft_prepare)(const SoftMerge&, const SoftSample&, float* prepared);
+  void (*soft_backward)(const SoftMerge&, const SoftSample&, const float* prepared, int64_t first, int64_t last, float* part,
+                        char* scratch);
+  void (*soft_backward_sum)(const SoftMerge&, const SoftSample&, float* parts, int64_t count, char* scratch);
 };
 
 }  // namespace tokenops

@@ -4,6 +4,7 @@
 #include "storage_types.h"
 #include "token_merge_pairs.h"
 #include "token_merge_segments.h"
+#include "token_merge_soft.h"
 
 namespace tokenops {
 namespace TOKENOPS_ISA {
@@ -26,11 +27,43 @@ void unmerge(const Segments& p, const SegmentSample& s, int64_t first, int64_t l
   with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { unmerge_rows<T>(p, s, first, last); });
 }
 
+bool soft(const SoftMerge& p, const SoftSample& s, int64_t first, int64_t last, float* part, char* scratch) {
+  return with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { return soft_tokens<T>(p, s, first, last, part, scratch); });
+}
+void soft_sum(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { soft_results<T>(p, s, parts, count); });
+}
+void soft_prepare(const SoftMerge& p, const SoftSample& s, float* prepared) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { prepare_sample<T>(p, s, prepared); });
+}
+void soft_backward(const SoftMerge& p, const SoftSample& s, const float* prepared, int64_t first, int64_t last, float* part,
+                   char* scratch) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { soft_tokens_backward<T>(p, s, prepared, first, last, part, scratch); });
+}
+void soft_backward_sum(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count, char* scratch) {
+  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { soft_gradients<T>(p, s, parts, count, scratch); });
+}
+
 }  // namespace
 
 template <>
 const TokenMergeLoops& loops() {
-  static constexpr TokenMergeLoops table{pair_blocks, pair_scratch, pair, merge, merge_backward, unmerge};
+  static constexpr TokenMergeLoops table{pair_blocks,
+                                         pair_scratch,
+                                         pair,
+                                         merge,
+                                         merge_backward,
+                                         unmerge,
+                                         soft_scratch,
+                                         soft_part,
+                                         soft,
+                                         soft_sum,
+                                         soft_backward_scratch,
+                                         soft_prepared,
+                                         soft_backward_part,
+                                         soft_prepare,
+                                         soft_backward,
+                                         soft_backward_sum};
   return table;
 }
 

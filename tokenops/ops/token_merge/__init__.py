@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tokenops.ops.token_merge import operators as operators
+from tokenops.ops.token_merge import transforms as transforms
 from tokenops.ops.token_merge.backends import BACKENDS as BACKENDS
 from tokenops.ops.token_merge.matching import match_tokens as match_tokens
 from tokenops.ops.token_merge.matching import pairwise_argmax as pairwise_argmax

@@ -105,17 +105,13 @@ def as_window(name: str, locality: str | tuple[int, ...] | Window) -> Window:
         raise ValueError(f"{name} must be 'frame', 'location', numbers or a Window, got {locality!r}")
     if not isinstance(locality, tuple) or not all(isinstance(part, int) for part in locality):
         raise TypeError(f"{name} must be 'frame', 'location', numbers or a Window, got {locality!r}")
-    if isinstance(locality, Window):
-        reaches = locality[2:]
-    elif len(locality) in (2, 3):
-        reaches = locality
-    else:
-        raise ValueError(f"{name} must be (reach_y, reach_x), (reach_t, reach_y, reach_x) or a Window, got {locality!r}")
-    if min(reaches) < 0:
-        raise ValueError(f"{name} must not reach less than 0 far, got {locality!r}")
     if not isinstance(locality, Window):
+        if len(locality) not in (2, 3):
+            raise ValueError(f"{name} must be (reach_y, reach_x), (reach_t, reach_y, reach_x) or a Window, got {locality!r}")
         t = FAR if len(locality) == 2 else locality[0]
         locality = Window(-t, t, *locality[-2:])
+    if locality.t_low > locality.t_high or locality.reach_y < 0 or locality.reach_x < 0:
+        raise ValueError(f"{name} must leave a place to look at, got {locality!r}")
     return Window(*(min(max(part, -FAR), FAR) for part in locality))
 
 

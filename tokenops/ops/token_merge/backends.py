@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenops import native
-from tokenops.dispatch import Backend
+from tokenops.ops.wings import backends, explain
 from tokenops.reference import token_merge as reference
 from tokenops.types import MatchProblem, MergePlan, PairProblem, SoftMergeGradients, SoftMergeProblem
 
@@ -33,9 +29,8 @@ for _schema in (
     ),
     f"plan({_PLAN}, Tensor target, bool is_slot) -> int",
     "merge(Tensor(a!) out, Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, str mode, str isa) -> int",
-    # x and out are given where something depends on them: for the gradient of amax and of size
     (
-        "merge_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_size, Tensor grad_out, Tensor? x, Tensor? out, Tensor slot, Tensor order, "
+        "merge_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_size, Tensor grad_out, Tensor x, Tensor out, Tensor slot, Tensor order, "
         "Tensor offsets, Tensor? size, str mode, str isa) -> int"
     ),
     "unmerge(Tensor(a!) out, Tensor y, Tensor slot, Tensor order, Tensor offsets, str mode, str isa) -> int",
@@ -48,8 +43,6 @@ for _schema in (
     _library.define(f"token_merge_cpu_{_schema}")
 _cpu = torch.ops.tokenops
 
-# Triton too reads it once: when it is imported
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _NO_WINDOW = (0, 0, 0, 0)
 
 
@@ -60,23 +53,19 @@ class NativeCPU(NamedTuple):
 
     def argmax(self, p: PairProblem, best: Tensor, index: Tensor) -> None:
         code = _cpu.token_merge_cpu_argmax(best, index, *p[:8], *(p.window or _NO_WINDOW), p.normalize, self._isa())
-        if code != 0:
-            _explain("pairwise_argmax", code, reference.check_pairs, p)
+        explain("pairwise_argmax", code, partial(reference.check_pairs, p))
 
     def match(self, p: MatchProblem, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
         code = _cpu.token_merge_cpu_match(slot, count, order, offsets, *p[:5], *(p.window or _NO_WINDOW), *p[6:], self._isa())
-        if code != 0:
-            _explain("match_tokens", code, reference.check_match, p, offsets.shape[1] - 1)
+        explain("match_tokens", code, partial(reference.check_match, p, offsets.shape[1] - 1))
 
     def plan(self, target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
         code = _cpu.token_merge_cpu_plan(slot, count, order, offsets, target, is_slot)
-        if code != 0:
-            _explain("plan_tokens", code, reference.check_target, target, is_slot, offsets.shape[1] - 1)
+        explain("plan_tokens", code, partial(reference.check_target, target, is_slot, offsets.shape[1] - 1))
 
     def merge(self, x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, out: Tensor) -> None:
         code = _cpu.token_merge_cpu_merge(out, x, plan.slot, plan.order, plan.offsets, size, mode, self._isa())
-        if code != 0:
-            _explain("merge_tokens", code, reference.check_sizes, plan, size)
+        explain("merge_tokens", code, partial(reference.check_merge, plan, size))
 
     def merge_backward(
         self,
@@ -89,15 +78,15 @@ class NativeCPU(NamedTuple):
         grad_x: Tensor | None,
         grad_size: Tensor | None,
     ) -> None:
+        # where nothing depends on x and out, tensors of their shape stand in
+        rows = (grad_x if x is None else x), (grad_out if out is None else out)
         lists = plan.slot, plan.order, plan.offsets
-        code = _cpu.token_merge_cpu_merge_backward(grad_x, grad_size, grad_out, x, out, *lists, size, mode, self._isa())
-        if code != 0:
-            _explain("merge_tokens_backward", code, reference.check_sizes, plan, size)
+        code = _cpu.token_merge_cpu_merge_backward(grad_x, grad_size, grad_out, *rows, *lists, size, mode, self._isa())
+        explain("merge_tokens_backward", code, partial(reference.check_merge, plan, size))
 
     def unmerge(self, y: Tensor, plan: MergePlan, mode: str, out: Tensor) -> None:
         code = _cpu.token_merge_cpu_unmerge(out, y, plan.slot, plan.order, plan.offsets, mode, self._isa())
-        if code != 0:
-            _explain("unmerge_tokens", code)
+        explain("unmerge_tokens", code, partial(reference.check_merge, plan))
 
     def soft_merge(
         self,
@@ -113,8 +102,7 @@ class NativeCPU(NamedTuple):
     ) -> None:
         problem = SoftMergeProblem(x, metric, meta, float(temperature), mass, normalize)
         code = _cpu.token_merge_cpu_soft(out, mass_out, lse, *problem, self._isa())
-        if code != 0:
-            _explain("soft_merge", code, reference.check_soft, problem)
+        explain("soft_merge", code, partial(reference.check_soft, problem))
 
     def soft_merge_backward(
         self,
@@ -133,71 +121,23 @@ class NativeCPU(NamedTuple):
     ) -> None:
         problem = SoftMergeProblem(x, metric, meta, float(temperature), mass, normalize)
         code = _cpu.token_merge_cpu_soft_backward(*grads, grad_out, grad_mass, *problem, out, mass_out, lse, self._isa())
-        if code != 0:
-            _explain("soft_merge_backward", code, reference.check_soft, problem)
+        explain("soft_merge_backward", code, partial(reference.check_soft, problem))
 
     def _isa(self) -> str:
         return self.isa or native.default_cpu_isa()
 
 
-def _explain(operation: str, code: int, check: Callable[..., None] | None = None, *problem: object) -> None:
-    """Kernels only report what went wrong. For bad contents the check names the argument, the value and the place."""
-    if code == 2:
-        raise MemoryError(f"{operation}: no memory for the scratch space of the C++ kernel")
-    if check is not None:
-        check(*problem)
-    raise RuntimeError(f"{operation}: the C++ kernel refused a call that is in order (code {code}); please report it")
-
-
-def cpu_objections(isa: str, operation: str, **grids: Tensor) -> list[str]:
-    """``grids``: the tensors with a row per token that the operation reads, by name."""
+def _objections(*grids: Tensor, names: str = "x") -> list[str]:
+    """What no compiled kernel of ours serves. ``grids``: what the operation reads row by row, with their names."""
     reasons = []
-    device = next(iter(grids.values())).device
-    if device.type != "cpu":
-        reasons.append(f"runs on CPU tensors, got {device}")
-    if native.CPU_ABSENT:
-        reasons.append(native.CPU_ABSENT)
-    elif isa and isa not in native.cpu_isas():
-        reasons.append(f"{isa} is not built in or not supported by this processor (here: {', '.join(native.cpu_isas())})")
-    return reasons + _kernel_objections(grids)
-
-
-def triton_objections(operation: str, **grids: Tensor) -> list[str]:
-    if next(iter(grids.values())).device.type == "cpu" and not _INTERPRETED:
-        return ["runs on a GPU, got CPU tensors"]
-    try:
-        triton = _triton()
-    except ImportError as error:
-        return [f"triton is not installed ({error})"]
-    return _kernel_objections(grids) + triton.objections(operation, **grids)
-
-
-def _kernel_objections(grids: dict[str, Tensor]) -> list[str]:
-    """What no compiled kernel of ours serves."""
-    reasons = []
-    for name, x in grids.items():
+    for name, x in zip(names.split(), grids, strict=True):
         if x.dtype == torch.float64:
-            reasons.append(f"float64 is served by the reference only, got it in {name}")
-        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+            reasons.append("float64 is served by the reference only")
+        if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
             reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
-    return reasons
+        if name in ("a", "metric") and x.shape[-1] % 8 != 0:
+            reasons.append(f"{name} must have a width that is a multiple of 8, got {x.shape[-1]}")
+    return list(dict.fromkeys(reasons))
 
 
-def _triton() -> ModuleType:
-    """Imported when first needed: the package works without triton."""
-    return import_module("tokenops.triton.token_merge")
-
-
-class Triton:
-    """The Triton kernels as a backend."""
-
-    def __getattr__(self, operation: str) -> Callable[..., None]:
-        return getattr(_triton(), operation)
-
-
-BACKENDS = (
-    Backend("triton", Triton(), triton_objections),
-    Backend("cpu", NativeCPU(""), partial(cpu_objections, "")),
-    *(Backend(f"cpu:{isa}", NativeCPU(isa), partial(cpu_objections, isa)) for isa in ("avx512_bf16", "avx512", "avx2", "generic")),
-    Backend("reference", reference, lambda operation, **grids: []),
-)
+BACKENDS = backends("token_merge", NativeCPU, reference, _objections)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import floor
 
 import torch
@@ -36,7 +35,7 @@ def pairwise_argmax(
     b_scale: Tensor | None = None,
     a_place: Tensor | None = None,
     b_place: Tensor | None = None,
-    window: Window | Sequence[int] | str | None = None,
+    window: str | tuple[int, ...] | Window | None = None,
     normalize: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # best [B, Na] float32, index [B, Na] int32
@@ -211,7 +210,8 @@ def match_tokens(
 def _amount(scheme: str | Tensor, r: int | None, ratio: float | None, threshold: float | None, tokens: int) -> int | None:
     """How many sources may merge at most; None: as the threshold says, or all."""
     given = [name for name, value in (("r", r), ("ratio", ratio), ("threshold", threshold)) if value is not None]
-    allowed, least = ("r", "ratio", "threshold"), 1
+    allowed: tuple[str, ...] = ("r", "ratio", "threshold")
+    least = 1
     if isinstance(scheme, Tensor):
         least = 0
     elif scheme == "kth":

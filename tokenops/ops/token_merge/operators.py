@@ -6,7 +6,6 @@ the backend. A plan travels as its tensors; how many rows it makes is the length
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tokenops.dispatch import choose
 from tokenops.ops.token_merge.backends import BACKENDS
+from tokenops.ops.wings import reads_contents
 from tokenops.reference import token_merge as reference
 from tokenops.types import MatchProblem, MergePlan, PairProblem, SoftMergeGradients, SoftMergeProblem, Window
 
@@ -48,13 +48,6 @@ for _schema in (
     ),
 ):
     _library.define(_schema, tags=_TAGS)
-
-
-def reads_contents(x: Tensor, backend: str) -> bool:
-    """Whether to check contents here. The C++ kernels do it while they work; on a GPU it costs a wait, so only on request."""
-    if x.device.type == "cpu":
-        return not backend.startswith("cpu")
-    return os.environ.get("TOKENOPS_CHECK") == "1"
 
 
 def statistic_dtype(x: Tensor) -> torch.dtype:
@@ -92,8 +85,8 @@ def _pairwise_argmax(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend = arguments
     problem = pair_problem(*given)
     a, b = problem.a, problem.b
-    chosen = choose("pairwise_argmax", BACKENDS, backend, "pairwise_argmax", a=a, b=b)
-    if reads_contents(a, chosen.name):
+    chosen = choose("pairwise_argmax", BACKENDS, backend, a, b, names="a b")
+    if reads_contents(a.device, chosen.name):
         reference.check_pairs(problem)
     best, index = _new_pairs(a)
     if b.shape[1] == 0:
@@ -141,8 +134,8 @@ def _match_tokens(*arguments: Any) -> Lists:
     *given, n_out, backend = arguments
     problem = match_problem(*given)
     metric = problem.metric
-    chosen = choose("match_tokens", BACKENDS, backend, "match_tokens", metric=metric)
-    checks = reads_contents(metric, chosen.name)
+    chosen = choose("match_tokens", BACKENDS, backend, metric, names="metric")
+    checks = reads_contents(metric.device, chosen.name)
     if checks:
         reference.check_metric(problem)
     lists = _new_lists(metric, metric.shape[0], metric.shape[1], n_out)
@@ -165,16 +158,16 @@ def _match_tokens_fake(metric: Tensor, *arguments: Any) -> Lists:
 
 
 def _plan_tokens(target: Tensor, is_slot: bool, n_out: int, backend: str | None) -> Lists:
-    chosen = choose("plan_tokens", BACKENDS, backend, "plan_tokens", target=target)
-    if reads_contents(target, chosen.name):
+    chosen = choose("plan_tokens", BACKENDS, backend, target, names="target")
+    if reads_contents(target.device, chosen.name):
         reference.check_target(target, is_slot, n_out)
-    lists = _new_lists(target, *target.shape, n_out)
+    lists = _new_lists(target, target.shape[0], target.shape[1], n_out)
     _fill(lists, chosen.run.plan, target, is_slot)
     return lists
 
 
 def _plan_tokens_fake(target: Tensor, is_slot: bool, n_out: int, backend: str | None) -> Lists:
-    return _new_lists(target, *target.shape, n_out)
+    return _new_lists(target, target.shape[0], target.shape[1], n_out)
 
 
 # merging
@@ -187,10 +180,10 @@ def as_plan(slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> Merg
 def _merge_tokens(
     x: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, mode: str, backend: str | None
 ) -> Tensor:
-    chosen = choose("merge_tokens", BACKENDS, backend, "merge_tokens", x=x)
+    chosen = choose("merge_tokens", BACKENDS, backend, x, names="x")
     plan = as_plan(slot, count, order, offsets)
-    if size is not None and reads_contents(x, chosen.name):
-        reference.check_sizes(plan, size)
+    if reads_contents(x.device, chosen.name):
+        reference.check_merge(plan, size)
     out = x.new_empty((x.shape[0], plan.n_out, x.shape[2]))
     if out.numel() > 0:
         if x.shape[1] > 0:
@@ -235,11 +228,11 @@ def _merge_tokens_backward(
     if grad_out.stride(-1) != 1:
         # sum() and its like hand down one element expanded over the whole grid
         grad_out = grad_out.contiguous()
-    grids = {name: grid for name, grid in (("grad_out", grad_out), ("x", x), ("out", out)) if grid is not None}
-    chosen = choose("merge_tokens_backward", BACKENDS, backend, "merge_tokens_backward", **grids)
+    grids, names = ((grad_out,), "grad_out") if x is None else ((grad_out, x), "grad_out x")
+    chosen = choose("merge_tokens_backward", BACKENDS, backend, *grids, names=names)
     plan = as_plan(slot, count, order, offsets)
-    if size is not None and reads_contents(grad_out, chosen.name):
-        reference.check_sizes(plan, size)
+    if reads_contents(grad_out.device, chosen.name):
+        reference.check_merge(plan, size)
     grad_x, grad_size = _new_merge_gradients(grad_out, slot, size, wanted)
     if grad_out.numel() > 0 and slot.numel() > 0:
         chosen.run.merge_backward(grad_out, x, out, plan, size, mode, grad_x, grad_size)
@@ -274,11 +267,14 @@ def _merge_differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
 
 
 def _unmerge_tokens(y: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, mode: str, backend: str | None) -> Tensor:
-    chosen = choose("unmerge_tokens", BACKENDS, backend, "unmerge_tokens", y=y)
+    chosen = choose("unmerge_tokens", BACKENDS, backend, y, names="y")
+    plan = as_plan(slot, count, order, offsets)
+    if reads_contents(y.device, chosen.name):
+        reference.check_merge(plan)
     out = y.new_empty((y.shape[0], slot.shape[1], y.shape[2]))
     if out.numel() > 0:
         if y.shape[1] > 0:
-            chosen.run.unmerge(y, as_plan(slot, count, order, offsets), mode, out)
+            chosen.run.unmerge(y, plan, mode, out)
         else:
             out.zero_()
     return out
@@ -328,8 +324,8 @@ def _new_assigned(problem: SoftMergeProblem) -> tuple[Tensor, Tensor, Tensor]:
 def _soft_merge(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, backend = arguments
     problem = soft_problem(*given)
-    chosen = choose("soft_merge", BACKENDS, backend, "soft_merge", x=problem.x, metric=problem.metric, meta=problem.meta)
-    if reads_contents(problem.x, chosen.name):
+    chosen = choose("soft_merge", BACKENDS, backend, *problem[:3], names="x metric meta")
+    if reads_contents(problem.x.device, chosen.name):
         reference.check_soft(problem)
     out, mass_out, lse = _new_assigned(problem)
     if mass_out.numel() > 0 and problem.x.numel() > 0:
@@ -350,9 +346,9 @@ def _new_soft_gradients(problem: SoftMergeProblem, wanted: list[bool]) -> SoftMe
     batch, tokens = problem.x.shape[:2]
     dtype = statistic_dtype(problem.x)
     return SoftMergeGradients(
-        torch.empty_like(problem.x) if of_x else None,
-        torch.empty_like(problem.metric) if of_metric else None,
-        torch.empty_like(problem.meta) if of_meta else None,
+        problem.x.new_empty(problem.x.shape) if of_x else None,
+        problem.metric.new_empty(problem.metric.shape) if of_metric else None,
+        problem.meta.new_empty(problem.meta.shape) if of_meta else None,
         problem.x.new_empty((batch,), dtype=dtype) if of_temperature else None,
         problem.x.new_empty((batch, tokens), dtype=dtype) if of_mass else None,
     )
@@ -371,9 +367,8 @@ def _soft_merge_backward(grad_out: Tensor, grad_mass: Tensor, *arguments: Any) -
     *given, out, mass_out, lse, wanted, backend = arguments
     problem = soft_problem(*given)
     grad_out, grad_mass = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_out, grad_mass))
-    grids = {"grad_out": grad_out, "x": problem.x, "metric": problem.metric, "meta": problem.meta}
-    chosen = choose("soft_merge_backward", BACKENDS, backend, "soft_merge_backward", **grids)
-    if reads_contents(problem.x, chosen.name):
+    chosen = choose("soft_merge_backward", BACKENDS, backend, grad_out, *problem[:3], names="grad_out x metric meta")
+    if reads_contents(problem.x.device, chosen.name):
         reference.check_soft(problem)
     grads = _new_soft_gradients(problem, wanted)
     if mass_out.numel() > 0 and problem.x.numel() > 0:

@@ -18,7 +18,37 @@ def soft_merge(
     mass: Tensor | None = None,
     normalize: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # merged [B, M, C], mass [B, M]
+) -> tuple[Tensor, Tensor]:  # merged [B, M, C], mass [B, M] float32
+    """Let every token give its mass to the meta tokens it resembles, and average. The N x M scores are never stored.
+
+    p[n, m] = softmax over m of s(metric[n], meta[m]) / temperature; mass[m] = sum_n p[n, m] mass_in[n];
+    merged[m] = sum_n p[n, m] mass_in[n] x[n] / mass[m], 0 where mass[m] is 0.
+
+    Args:
+        x, metric, meta: float32, bfloat16, float16 or float64. Half types accumulate in float32.
+        temperature: positive; a number, or a tensor of one (float32, float64 with float64 tokens) to learn.
+        mass: [N], [B, N] or [B, N, 1] float32 (float64 with float64 tokens), what each token has to give. Default 1.
+        normalize: s is the cosine of the angle, 0 for a zero row; False: the dot product.
+        backend: as in ``merge_tokens``.
+
+    The mass that comes out (float32, float64 with float64 tokens) sums to the mass that went in. Differentiable once in x, metric, meta,
+    temperature and mass; the backward pass computes the scores anew. Under autocast x, metric and meta are cast.
+
+    Source: C. Renggli et al., "Learning to Merge Tokens in Vision Transformers", 2022 (softmax over tokens there, over meta tokens here);
+    meta tokens with a mass are our reading of Feng et al., "STTM", 2023.
+
+    Raises:
+        ValueError: sizes, ranks or devices disagree, a mass is negative or NaN, the temperature is not positive (contents of tensors are
+            checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        TypeError: a dtype is wrong.
+        NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
+        RuntimeError: the result is differentiated twice.
+
+    >>> x, meta = torch.randn(2, 196, 64), torch.randn(2, 8, 64)
+    >>> merged, mass = tokenops.soft_merge(x, x, meta, temperature=0.1)
+    >>> merged.shape, mass.sum(1)
+    (torch.Size([2, 8, 64]), tensor([196., 196.]))
+    """
     for name, grid in (("x", x), ("metric", metric), ("meta", meta)):
         check_tensor(name, grid)
     x, metric, meta = under_autocast(x), under_autocast(metric), under_autocast(meta)

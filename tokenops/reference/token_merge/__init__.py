@@ -2,7 +2,8 @@
 
 Each file holds one definition, differentiable and in float64 if asked, with its gradients and the check of its contents: ``matching``
 (who merges into whom), ``plans`` (from that to a MergePlan), ``merging`` (rows along a plan and back), ``soft`` (into meta tokens). Here
-they serve as a backend: results go where the caller says. Letters: B batch, N tokens, M meta tokens, C channels, W channels of a flattened row.
+they serve as a backend: results go where the caller says. Letters: B batch,
+N tokens, M meta tokens, C channels, W channels of a flattened row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tokenops.reference.token_merge.matching import pairs as pairs
 from tokenops.reference.token_merge.matching import parents as parents
 from tokenops.reference.token_merge.matching import roles as roles
 from tokenops.reference.token_merge.matching import turns as turns
-from tokenops.reference.token_merge.merging import check_sizes as check_sizes
+from tokenops.reference.token_merge.merging import check_merge as check_merge
 from tokenops.reference.token_merge.merging import gradients as gradients
 from tokenops.reference.token_merge.merging import merged as merged
 from tokenops.reference.token_merge.merging import unmerged as unmerged

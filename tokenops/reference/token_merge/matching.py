@@ -15,7 +15,7 @@ _BLOCK = 1 << 22
 
 class Pairs(NamedTuple):
     best: Tensor  # [B, Na], score of the winner, -inf where there is none
-    index: Tensor  # [B, Na] int64, row of b, -1 where there is none
+    index: Tensor  # type: ignore[assignment]  # [B, Na] int64, row of b, -1 where there is none
 
 
 def pairs(problem: PairProblem, *, not_itself: bool = False) -> Pairs:
@@ -136,32 +136,45 @@ def _candidates(problem: MatchProblem, role: Tensor) -> Pairs:
 
 
 def check_pairs(problem: PairProblem) -> None:
-    """Refuse NaN in rows that take part.
+    """Refuse rows that cannot be compared.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a row that takes part is not finite, or its scale is NaN.
     """
-    for name, x, mask in (("a", problem.a, problem.a_mask), ("b", problem.b, problem.b_mask)):
-        _check_numbers(name, x, mask)
+    for name, x, scale, mask in (("a", problem.a, problem.a_scale, problem.a_mask), ("b", problem.b, problem.b_scale, problem.b_mask)):
+        _check_rows(name, x, mask)
+        _check_scale(f"{name}_scale", scale, mask)
 
 
 def check_metric(problem: MatchProblem) -> None:
-    """Refuse NaN in rows that take part, and roles that do not exist.
+    """Refuse tokens that cannot be compared, and roles that do not exist.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a token that takes part is not finite, its scale is NaN, or there is no such role.
     """
     role = roles(problem)
     unknown = ((role < 0) | (role > max(Role))).nonzero()
     if len(unknown) > 0:
         at = unknown[0].tolist()
         raise ValueError(f"scheme must hold roles in [0, {int(max(Role))}], got {int(role[tuple(at)])} at position {at}")
-    _check_numbers("metric", problem.metric, (role & Role.BOTH) > 0)
+    _check_rows("metric", problem.metric, (role & Role.BOTH) > 0)
+    _check_scale("source_scale", problem.source_scale, (role & Role.SOURCE) > 0)
+    _check_scale("destination_scale", problem.destination_scale, (role & Role.DESTINATION) > 0)
 
 
-def _check_numbers(name: str, x: Tensor, mask: Tensor | None) -> None:
-    bad = x.isnan().any(-1)
+def _check_rows(name: str, x: Tensor, mask: Tensor | None) -> None:
+    bad = ~x.isfinite().all(-1)
     if mask is not None:
         bad = bad & mask
     if bad.any():
-        raise ValueError(f"{name} must not hold NaN, got one in row {bad.nonzero()[0].tolist()}")
+        at = bad.nonzero()[0].tolist()
+        number = x[at[0], at[1]]
+        raise ValueError(f"{name} must be finite, got {number[~number.isfinite()][0].item()} in row {at}")
+
+
+def _check_scale(name: str, scale: Tensor | None, mask: Tensor | None) -> None:
+    if scale is None:
+        return
+    bad = scale.isnan() if mask is None else scale.isnan() & mask
+    if bad.any():
+        raise ValueError(f"{name} must not be NaN, got it at position {bad.nonzero()[0].tolist()}")

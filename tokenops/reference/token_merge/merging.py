@@ -132,16 +132,38 @@ def gradients(
     return grad * (weight / total)[..., None], grad_size
 
 
-def check_sizes(plan: MergePlan, size: Tensor | None) -> None:
-    """Refuse sizes that are no weights, in rows that are read.
+def check_merge(plan: MergePlan, size: Tensor | None = None) -> None:
+    """Refuse a plan that contradicts itself, and sizes that are no weights.
 
     Raises:
-        ValueError: a size is not positive, or NaN.
+        ValueError: so. Of the sizes only those of tokens that go somewhere are looked at.
     """
+    if not _is_sound(plan):
+        raise ValueError("plan must be as a function of tokenops made it, got slot, order and offsets that disagree")
     if size is None:
         return
-    bad = (~(size > 0.0) & (slots(plan) >= 0)).nonzero()
+    bad = (~(size >= 0.0) & (slots(plan) >= 0)).nonzero()
     if len(bad) > 0:
-        # the plan may have more samples than the sizes
-        at = [min(bad[0, 0].item(), size.shape[0] - 1), bad[0, 1].item()]
-        raise ValueError(f"size must be positive, got {size[tuple(at)].item()} at position {at}")
+        # one sample's sizes, or one sample's plan, may serve all
+        at = (min(int(bad[0, 0]), size.shape[0] - 1), int(bad[0, 1]))
+        raise ValueError(f"size must not be negative, got {size[at].item()} at position {list(at)}")
+
+
+def _is_sound(plan: MergePlan) -> bool:
+    """Whether every row owns just the tokens that have its slot, the first one the destination and the others ascending."""
+    slot, offsets = plan.slot.long(), plan.offsets.long()
+    owned = (slot >= 0).sum(-1)
+    if ((slot < -1) | (slot >= plan.n_out)).any() or (offsets[:, 0] != 0).any() or (offsets[:, -1] != owned).any():
+        return False
+    if (offsets.diff(dim=-1) < 0).any():
+        return False
+    token, row = members(plan)
+    inside = torch.arange(slot.shape[1], device=slot.device) < owned[:, None]
+    if (inside & ((token < 0) | (_at(slot, token) != row))).any():
+        return False
+    # no token twice: as many different ones as have a slot
+    listed = torch.where(inside, token, -1).sort(-1).values
+    if ((listed[:, 1:] == listed[:, :-1]) & (listed[:, 1:] >= 0)).any():
+        return False
+    in_one_row = (row[:, 2:] == row[:, :-2]) & inside[:, 2:]
+    return not (in_one_row & (token[:, 2:] < token[:, 1:-1])).any()
