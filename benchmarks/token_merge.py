@@ -7,7 +7,7 @@ ours: in float64, its merged pairs must be as similar as the reference's, and it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -94,23 +94,19 @@ def prepare(case: Case, request: Request) -> Trial:
     return trial(case, make_inputs(case, request), request)
 
 
-def _serve(backend: str | None, operation: str, **grids: Tensor) -> Backend:
-    return choose(operation, BACKENDS, backend, operation, **grids)
+def _serve(operation: str, grids: Mapping[str, Tensor]) -> Callable[[str | None], Backend]:
+    """Who serves an operation that reads these tensors row by row, as a function of the backend asked for."""
+    return lambda backend: choose(operation, BACKENDS, backend, *grids.values(), names=" ".join(grids))
 
 
-def _objections(operation: str, **grids: Tensor) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(operation, **grids) for backend in BACKENDS}
+def _objections(grids: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    return {backend.name: backend.objections(*grids.values(), names=" ".join(grids)) for backend in BACKENDS}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:
-    """Why each backend would refuse to match, merge, or differentiate on ``device``; an empty list: it would serve."""
+    """Why each backend would refuse to match, merge and differentiate float32 tokens on ``device``; an empty list: it would serve."""
     example = reference.example_inputs(device=device)
-    calls = (
-        _objections("match_tokens", metric=example["metric"]),
-        _objections("merge_tokens", x=example["x"]),
-        _objections("merge_tokens_backward", grad_out=example["x"]),
-    )
-    return {name: list(dict.fromkeys(reason for call in calls for reason in call[name])) for name in calls[0]}
+    return _objections({"x": example["x"], "metric": example["metric"], "grad_out": example["x"]})
 
 
 # matching and merging together
@@ -143,14 +139,14 @@ def _match_merge(case: Case, inputs: Inputs, request: Request) -> Trial:
         contenders=[
             *(
                 contender._replace(canonical=judged)
-                for contender in contenders_of_ours(request, run, lambda backend: _serve(backend, "match_tokens", metric=inputs.metric))
+                for contender in contenders_of_ours(request, run, _serve("match_tokens", {"metric": inputs.metric}))
             ),
             *_match_merge_peers(case, inputs, request, judged),
         ],
         expected=lambda: _as_judged(exact, plan.slot, *_means(exact, plan.slot, plan.n_out)),
         names=("similarities of merged pairs", "rows", "sizes"),
         cost=Cost(reference.match_flops(problem), inputs.metric.nbytes + reference.merge_bytes(inputs.tokens, plan, inputs.size)),
-        backends=_objections("match_tokens", metric=inputs.metric),
+        backends=_objections({"metric": inputs.metric}),
         remark=_near_duplicates(case, exact.metric) if case.film else "",
         memory=case.memory,
     )
@@ -346,7 +342,7 @@ def _merge(case: Case, inputs: Inputs, request: Request) -> Trial:
             *contenders_of_ours(
                 request,
                 lambda backend: call(backend, inputs.tokens, inputs.size, grad_out),
-                lambda backend: _serve(backend, operation, **grids),
+                _serve(operation, grids),
             ),
             peer("torch", _torch_merge, USUAL),
             peer("torch, by rows", _torch_merge_rows, BY_ROWS),
@@ -355,7 +351,7 @@ def _merge(case: Case, inputs: Inputs, request: Request) -> Trial:
         names=("rows", "gradient of tokens")[: 1 + differentiate],
         # a weight and a sum for each element; the gradient goes the same way back
         cost=Cost(2 * inputs.tokens.numel() * (1 + differentiate), moved * (1 + differentiate)),
-        backends=_objections(operation, **grids),
+        backends=_objections(grids),
     )
 
 
@@ -377,9 +373,7 @@ def _unmerge(case: Case, inputs: Inputs, request: Request) -> Trial:
     moved = reference.merge_bytes(inputs.tokens, plan, None)
     return Trial(
         contenders=[
-            *contenders_of_ours(
-                request, lambda backend: call(backend, rows, inputs.tokens), lambda backend: _serve(backend, "unmerge_tokens", y=rows)
-            ),
+            *contenders_of_ours(request, lambda backend: call(backend, rows, inputs.tokens), _serve("unmerge_tokens", {"y": rows})),
             Contender(
                 "torch",
                 bind(partial(_torch_unmerge, split, case.tokens), (rows.gather(1, place),), inputs.tokens, differentiate),
@@ -391,7 +385,7 @@ def _unmerge(case: Case, inputs: Inputs, request: Request) -> Trial:
         expected=call("reference", rows.double(), inputs.tokens.double()),
         names=("tokens", "gradient of rows")[: 1 + differentiate],
         cost=Cost(inputs.tokens.numel() if differentiate else 0, moved * (1 + differentiate)),
-        backends=_objections("unmerge_tokens", y=rows),
+        backends=_objections({"y": rows}),
     )
 
 
@@ -456,7 +450,7 @@ def _soft_merge(case: Case, inputs: Inputs, request: Request) -> Trial:
             *contenders_of_ours(
                 request,
                 lambda backend: call(backend, grids, inputs.size, (grad_out, grad_mass)),
-                lambda backend: _serve(backend, operation, **named),
+                _serve(operation, named),
             ),
             Contender("torch", bind(peer, grids, grads, differentiate), note=USUAL),
             compiled_peer(request, peer, grids, grads=grads, differentiate=differentiate),
@@ -464,7 +458,7 @@ def _soft_merge(case: Case, inputs: Inputs, request: Request) -> Trial:
         expected=call("reference", [x.double() for x in grids], inputs.size.double(), (grad_out.double(), grad_mass.double())),
         names=("rows", "mass", "gradient of tokens", "gradient of metric", "gradient of meta")[: 5 if differentiate else 2],
         cost=Cost(flops, moved),
-        backends=_objections(operation, **named),
+        backends=_objections(named),
     )
 
 

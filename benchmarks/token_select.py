@@ -52,8 +52,9 @@ def _cases() -> Iterator[Case]:
     halt = Case("halt-all-B8-N1105-C384", "halt", 8, 1105, channels=384)
     yield from variants(halt, ["fp32 fwd", "fp32 fwd+bwd"], ["bf16 fwd", "bf16 fwd+bwd"])
     yield from variants(halt._replace(name="halt-class-B8-N1105-C384", output="class"), ["fp32 fwd"], ["fp32 fwd+bwd"])
-    packed = halt._replace(name="halt-packed-class-B8-N1105-C384", output="class", packed=True)
-    yield from variants(packed, ["fp32 fwd"], ["bf16 fwd"])
+    packed = halt._replace(name="halt-packed-B8-N1105-C384", packed=True)
+    yield from variants(packed, [], ["fp32 fwd", "bf16 fwd"])
+    yield from variants(packed._replace(name="halt-packed-class-B8-N1105-C384", output="class"), ["fp32 fwd"], ["bf16 fwd"])
     pack = Case("video-pack-B8-N1569-C384", "pack", 8, video.TOKENS, channels=384, film=True)
     yield from variants(pack, ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
     unpack = pack._replace(name="video-unpack-B8-N1569-C384", operation="unpack")
@@ -71,8 +72,9 @@ def prepare(case: Case, request: Request) -> Trial:
     return _pack(case, request) if case.operation == "pack" else _unpack(case, request)
 
 
-def _serve(backend: str | None, operation: str, rows: Tensor) -> Backend:
-    return choose(operation, BACKENDS, backend, rows)
+def _serve(operation: str, rows: Tensor) -> Callable[[str | None], Backend]:
+    """Who serves an operation on these rows, as a function of the backend asked for."""
+    return lambda backend: choose(operation, BACKENDS, backend, rows)
 
 
 def _objections(rows: Tensor) -> dict[str, list[str]]:
@@ -113,7 +115,7 @@ def _select(case: Case, request: Request) -> Trial:
     return Trial(
         contenders=[
             contender._replace(canonical=compared)
-            for contender in (*contenders_of_ours(request, run, lambda backend: _serve(backend, "select_tokens", score)), *peers)
+            for contender in (*contenders_of_ours(request, run, _serve("select_tokens", score)), *peers)
         ],
         expected=lambda: _chosen(score, tokenops.select_tokens(score.double(), **limit, backend="reference").index),
         names=("chosen scores", "ascending", "count"),
@@ -210,7 +212,7 @@ def _halt(case: Case, request: Request) -> Trial:
     # the weighted rows, one number of each other row, and the state there and back
     moved = 2 * (vectors + step.state.out.nbytes) + rows * step.x.element_size() + step.state.cum.numel() * step.x.element_size()
     return Trial(
-        contenders=[*contenders_of_ours(request, ours, lambda backend: _serve(backend, "halt_tokens", step.x)), *peers()],
+        contenders=[*contenders_of_ours(request, ours, _serve("halt_tokens", step.x)), *peers()],
         expected=bound(partial(tokenops.halt_tokens, **given, backend="reference"), right, [grad.double() for grad in grads]),
         names=GRADIENTS if differentiate else HaltState._fields,
         cost=Cost(2 * rows * (1 + differentiate), moved * (1 + differentiate)),
@@ -242,8 +244,9 @@ def _halting_step(case: Case, request: Request) -> Step:
         return Step(x.to(device), HaltState(*(part.to(device) for part in state)), None)
     active = state.active
     vectors = [part[active].to(device) for part in state[:5]]
+    out = state.out[active] if case.output == "all" else state.out
     bounds = F.pad(active.sum(1).cumsum(0), (1, 0)).int()
-    return Step(x[active].to(device), HaltState(*vectors, state.out.to(device)), bounds.to(device))
+    return Step(x[active].to(device), HaltState(*vectors, out.to(device)), bounds.to(device))
 
 
 def _in_place(call: Callable[[Tensor, HaltState], HaltState], step: Step) -> Callable[[], Results]:
@@ -283,8 +286,7 @@ def _eager_step(step: Step, accumulate: Callable[[Tensor, Tensor, Tensor], Tenso
     rows, weights = x, weight
     if out.dim() < x.dim():
         rows, weights = x[:, 0], weight[:, 0]
-    elif len(out) < len(x):
-        assert step.cu_seqlens is not None
+    elif step.cu_seqlens is not None and len(out) < len(x):
         rows, weights = x[step.cu_seqlens[:-1]], weight[step.cu_seqlens[:-1]]
     out = accumulate(out, rows, weights[..., None])
     return HaltState(cum, remain - h * going, going, rho + active + remain * reached, counter + going, out)
@@ -384,7 +386,7 @@ def _pack(case: Case, request: Request) -> Trial:
         contenders=[
             *(
                 contender._replace(canonical=without_padding)
-                for contender in contenders_of_ours(request, ours, lambda backend: _serve(backend, "pack_tokens", grid))
+                for contender in contenders_of_ours(request, ours, _serve("pack_tokens", grid))
             ),
             Contender("boolean mask", bound(by_mask, grid, grad)),
             Contender("index_select", bound(by_rows, grid, grad)),
@@ -427,9 +429,7 @@ def _unpack(case: Case, request: Request) -> Trial:
 
     return Trial(
         contenders=[
-            *contenders_of_ours(
-                request, lambda backend: bound(backend, rows, grad), lambda backend: _serve(backend, "unpack_tokens", rows)
-            ),
+            *contenders_of_ours(request, lambda backend: bound(backend, rows, grad), _serve("unpack_tokens", rows)),
             Contender("boolean mask", bind(by_mask, (rows,), grad, differentiate)),
             Contender("index_copy", bind(by_rows, (rows,), grad, differentiate)),
         ],
