@@ -31,7 +31,7 @@ from .roof import measure_roof
 ROOMS = ("sparse_attention", "token_select", "token_merge")
 
 # seconds of timing for each case, all contenders together
-BUDGET = {"quick": 2.0, "full": 6.0}
+BUDGET = {"quick": 1.0, "full": 6.0}
 
 # for the first measurement of each roof
 ROOF_SECONDS = 0.6
@@ -71,7 +71,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("rooms", nargs=-1, metavar="[ROOM]...")
-@click.option("--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: two minutes; full: every case.")
+@click.option(
+    "--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: two to three minutes; full: every case."
+)
 @click.option(
     "--case", "patterns", multiple=True, metavar="TEXT", help="Only cases whose id is, contains or matches (* ?) TEXT; repeatable."
 )
@@ -81,7 +83,7 @@ def cli() -> None:
 @click.option("--backend", "backends", multiple=True, metavar="NAME", help="Ours by this backend (see 'tokenops info'); repeatable.")
 @click.option("--isa", type=click.Choice(list(allocator.ISA_VARIABLES)), help="Hold every contender to these CPU instructions, peers too.")
 @click.option("--video", "video_path", type=click.Path(), help="For the video cases.  [default: an excerpt of Big Buck Bunny]")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 2 quick, 6 full]")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 1 quick, 6 full]")
 @click.option("--json", "json_path", type=Output(), help="Write every number and the environment here.")
 @click.option("--chart", "chart_path", type=Output(CHARTS), help="Draw the ratios here (PNG, PDF or SVG).")
 @click.option("--dry-run", is_flag=True, help="List cases and who would take part, or why not; time nothing.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .record import Record
+from .record import Record, comparable
 
 # colour-blind safe (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
@@ -17,7 +17,7 @@ class ChartError(Exception):
 
 
 def draw(run: Record, path: Path) -> None:
-    """Ratios of the run's first contender of ours; a panel for each room, because each has peers of its own."""
+    """Ratios of the run's first contender of ours; a panel for all cases that share peers."""
     try:
         import matplotlib
 
@@ -30,18 +30,18 @@ def draw(run: Record, path: Path) -> None:
         raise ChartError("no case has a ratio, so there is nothing to draw")
     name = lines[0][1]["name"]
     lines = [(case, mine) for case, mine in lines if mine["name"] == name]
-    rooms = list(dict.fromkeys(case["room"] for case, _ in lines))
-    by_room = {room: [line for line in lines if line[0]["room"] == room] for room in rooms}
+    drawn = [case for case, _ in lines]
+    groups = [[lines[drawn.index(case)] for case in group] for group in comparable(drawn)]
 
     figure, panels = plt.subplots(
-        len(rooms),
+        len(groups),
         squeeze=False,
-        figsize=(9.6, 0.8 + sum(1.1 + 0.3 * len(some) for some in by_room.values())),
-        height_ratios=[2 + len(some) for some in by_room.values()],
+        figsize=(9.6, 0.8 + sum(1.1 + 0.3 * len(some) for some in groups)),
+        height_ratios=[2 + len(some) for some in groups],
         layout="constrained",
     )
     width = max(len(case["name"]) for case, _ in lines)
-    for axes, some in zip(panels[:, 0], by_room.values(), strict=True):
+    for axes, some in zip(panels[:, 0], groups, strict=True):
         _draw_panel(axes, some, width)
     panels[-1, 0].set_xlabel(
         "ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5
@@ -60,7 +60,7 @@ def draw(run: Record, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, lines: list[tuple[Record, Record]], width: int) -> None:
-    """The cases of one room; ``width`` characters for the name of each."""
+    """Cases that share peers; ``width`` characters for the name of each."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

@@ -70,10 +70,10 @@ def draw(frame: Tensor, rounds: list[Clusters], path: Path, title: str) -> None:
     except ImportError:
         raise ChartError("a picture needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
     figure, axes = plt.subplots(1, 1 + len(rounds), figsize=(3.2 * (1 + len(rounds)), 3.7), layout="constrained")
-    axes[0].imshow(frame, extent=(0, GRID, GRID, 0))
+    axes[0].imshow(frame.numpy(), extent=(0, GRID, GRID, 0))
     axes[0].set_title(f"{GRID * GRID} tokens of {PATCH} x {PATCH} pixels", fontsize=10)
     for panel, clusters in zip(axes[1:], rounds, strict=True):
-        panel.imshow(clusters.colour, extent=(0, GRID, GRID, 0))
+        panel.imshow(clusters.colour.numpy(), extent=(0, GRID, GRID, 0))
         panel.add_collection(LineCollection(borders(clusters.member), colors="white", linewidths=0.6))
         panel.set_title(f"{clusters.count} after merging", fontsize=10)
     for panel in axes:

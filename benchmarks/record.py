@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,27 @@ def set_percentages(case: Record, roof: Roof) -> None:
 
 def _spread(spread: Spread) -> Record:
     return {"median": spread.median, "low": spread.low, "high": spread.high}
+
+
+def peers(case: Record) -> list[str]:
+    """Who of the others took part in a case."""
+    return [contender["name"] for contender in case["contenders"] if not contender["ours"] and contender["status"] != "not run"]
+
+
+def comparable(cases: Sequence[Record]) -> list[list[Record]]:
+    """The cases of each room that share peers, in groups: what one table or panel can show without empty columns for strangers."""
+    groups: list[list[Record]] = []
+    for case in cases:
+        near = [
+            group
+            for group in groups
+            if group[0]["room"] == case["room"] and set(peers(case)) & {p for other in group for p in peers(other)}
+        ]
+        joined = [*(other for group in near for other in group), case]
+        at = groups.index(near[0]) if near else len(groups)
+        groups = [group for group in groups if group not in near]
+        groups.insert(at, joined)
+    return groups
 
 
 def run_record(environment: Record, conditions: Record, command: str) -> Record:

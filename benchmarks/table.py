@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .harness import UNSTEADY, Spread
-from .record import Record
+from .record import Record, comparable, peers
 from .roof import GEMM
 
 # page faults of one call that are lost in its time
@@ -109,38 +109,38 @@ def print_case(console: Console, case: Record) -> None:
 
 
 def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
-    """How many times faster we are: a line for each case, a column for each peer, a table for each room and each of our contenders."""
-    for room in dict.fromkeys(case["room"] for case in cases):
-        yield from _room_tables(room, [case for case in cases if case["room"] == room])
+    """How many times faster we are: a line for each case, a column for each peer; a table for each of our contenders and group of peers."""
+    for group in comparable(cases):
+        yield from _group_tables(group)
 
 
-def _room_tables(room: str, cases: Sequence[Record]) -> Iterable[Table]:
+def _group_tables(cases: Sequence[Record]) -> Iterable[Table]:
     names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
-    peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
+    columns = list(dict.fromkeys(peer for case in cases for peer in peers(case)))
     for name in names:
-        title = f"{room}, {name}: how many times faster than"
+        title = f"{cases[0]['room']}, {name}: how many times faster than"
         table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         # the nearest compute roof that was measured
         roof = "peak" if any("peak" in c.get("percent_of", {}) for case in cases for c in case["contenders"]) else "gemm"
         table.add_column(f"of {roof}", justify="right", no_wrap=True)
-        for peer in peers:
+        for peer in columns:
             table.add_column(peer, justify="right", min_width=7, max_width=13)
         for case in cases:
             mine = next((contender for contender in case["contenders"] if contender["name"] == name), None)
             if mine is not None:
-                table.add_row(_title(case), *_ratio_cells(mine, case, peers, roof))
+                table.add_row(_title(case), *_ratio_cells(mine, case, columns, roof))
         yield table
 
 
-def _ratio_cells(mine: Record, case: Record, peers: Sequence[str], roof: str) -> list[Text | str]:
+def _ratio_cells(mine: Record, case: Record, columns: Sequence[str], roof: str) -> list[Text | str]:
     if "ms" not in mine:
-        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (roof, *peers))]
+        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (roof, *columns))]
     ratios = mine["faster_than"]
     found = {contender["name"]: contender["status"] for contender in case["contenders"]}
     cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", _percent_cell(mine, roof)]
-    for peer in peers:
+    for peer in columns:
         if peer in ratios:
             cells.append(ratio_text(ratios[peer]["median"]))
         else:

@@ -185,8 +185,11 @@ def _run_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.Fix
     benchmark(ours.run)
 
 
+COMPILED = [pair for pair in CASES if names(pair) in ("small-match", "small-into-meta")]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("room", "case"), [pair for pair in CASES if names(pair) in ("small-match", "small-into-meta")])
+@pytest.mark.parametrize(("room", "case"), COMPILED, ids=map(names, COMPILED))
 def test_compiled_peers(room: ModuleType, case: Any, request_for_tiny: Request) -> None:
     ran = check_contenders(room, case, request_for_tiny._replace(slow_peers=True))
     assert "torch, compiled" in {outcome.name for outcome in ran}
@@ -791,6 +794,17 @@ def test_compare_refuses_other_files(tmp_path: Path) -> None:
     done = invoke("compare", tmp_path / "run.json", tmp_path / "absent.json")
     assert done.exit_code == 1
     assert "cannot read" in done.output
+
+
+def test_tables_hold_cases_that_share_peers() -> None:
+    def case(room: str, name: str, *peers: str) -> record.Record:
+        contenders = [{"name": peer, "ours": False, "status": "ok"} for peer in peers]
+        absent = {"name": "absent", "ours": False, "status": "not run"}
+        return {"room": room, "id": name, "contenders": [{"name": "tokenops", "ours": True, "status": "ok"}, *contenders, absent]}
+
+    cases = [case("a", "1", "x"), case("a", "2", "y"), case("b", "3", "x"), case("a", "4", "z"), case("a", "5", "y", "x")]
+    # the last one joins the first two; another room stays apart, and who did not run joins nobody
+    assert [[case["id"] for case in group] for group in record.comparable(cases)] == [["1", "2", "5"], ["3"], ["4"]]
 
 
 def test_chart_needs_a_ratio(tmp_path: Path) -> None:
