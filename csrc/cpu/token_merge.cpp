@@ -108,12 +108,18 @@ Pairs pairs_of(const Tensor& a, bool normalize, bool windowed, int64_t t_low, in
   return {storage_of("what is compared", a), width, normalize, windowed, t_low, t_high, reach_y, reach_x};
 }
 
-Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vector<PairSample>& samples) {
+// after(sample) runs once all its rows have their pair, on the thread that found the last of them
+template <class After>
+Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vector<PairSample>& samples, const After& after) {
   BlockRow rows;
+  std::vector<std::atomic<int64_t>> blocks_left(samples.size());
   int64_t most = 0;
-  for (const PairSample& sample : samples) {
-    rows.add(loops.pair_blocks(sample.a.count), sample.b.count + 16);
-    most = std::max(most, sample.b.count);
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const int64_t blocks = loops.pair_blocks(samples[s].a.count);
+    rows.add(blocks, samples[s].b.count + 16);
+    blocks_left[s] = blocks;
+    most = std::max(most, samples[s].b.count);
+    if (blocks == 0) after(static_cast<int64_t>(s));
   }
   const int64_t pieces = std::min<int64_t>(kPairPiecesPerThread * torch::stable::get_num_threads(), rows.work());
   std::atomic<bool> finite{true};
@@ -121,6 +127,7 @@ Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vecto
     rows.for_piece(piece, pieces, [&](int64_t s, int64_t from, int64_t to) {
       if (!loops.pair(p, samples[s], from, to, lease.holds == s, lease.memory)) finite = false;
       lease.holds = s;
+      if (blocks_left[s].fetch_sub(to - from) == to - from) after(s);
     });
   });
   return !done ? kNoMemory : finite ? kOk : kBadContents;
@@ -149,7 +156,7 @@ int64_t argmax(Tensor best, Tensor index, Tensor a, Tensor b, OptionalTensor a_m
   for (int64_t s = 0; s < batch; ++s)
     samples.push_back({side_of(a, s, of_a, a_scale, a_place), side_of(b, s, of_b, b_scale, b_place),
                        best.mutable_data_ptr<float>() + s * rows, index.mutable_data_ptr<int32_t>() + s * rows});
-  return find_pairs(loops, p, samples);
+  return find_pairs(loops, p, samples, [](int64_t) {});
 }
 
 // the tensors of a plan that is being made
@@ -204,10 +211,8 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   for (int64_t s = 0; s < batch; ++s)
     samples.push_back({side_of(metric, s, sources, source_scale, place), side_of(metric, s, destinations, destination_scale, place),
                        best.get() + s * tokens, index.get() + s * tokens});
-  if (const Status status = find_pairs(loops, p, samples); status != kOk) return status;
-
   std::atomic<bool> right{true};
-  run_parallel(batch, 0, [&](int64_t s, Lease&) {
+  const Status status = find_pairs(loops, p, samples, [&](int64_t s) {
     int32_t* of_sample = parent.get() + s * tokens;
     for (int64_t i = 0; i < tokens; ++i) of_sample[i] = role_of(s, i) & kDropped ? -1 : static_cast<int32_t>(i);
     const PairSide& a = samples[s].a;
@@ -215,7 +220,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
                   static_cast<float>(threshold.value_or(-std::numeric_limits<double>::infinity())), keys.get() + s * tokens);
     if (!plan_from_parents(of_sample, plan.sample(s))) right = false;
   });
-  return right ? kOk : kBadContents;
+  return status != kOk ? status : right ? kOk : kBadContents;
 }
 
 int64_t make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor target, bool is_slot) {
