@@ -73,5 +73,4 @@ def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: b
     return reasons
 
 
-# the C++ kernels are not there yet
-BACKENDS = tuple(b for b in backends("token_select", NativeCPU, reference, _objections) if not b.name.startswith("cpu"))
+BACKENDS = backends("token_select", NativeCPU, reference, _objections)
