@@ -60,6 +60,11 @@ class Request(NamedTuple):
     video: Callable[[int], VideoTokens] | None = None  # called with the number of clips
     slow_peers: bool = False  # also those that need tens of seconds to get ready
 
+    def clips(self, count: int) -> VideoTokens:
+        if self.video is None:
+            raise ValueError("this case needs a video, got none")
+        return self.video(count)
+
 
 class Cost(NamedTuple):
     """What the case needs at least, whoever computes it."""
@@ -187,6 +192,11 @@ def clock_for(device: str) -> Clock:
     return CudaClock(torch.device(device)) if torch.device(device).type == "cuda" else CpuClock()
 
 
+def seeded(seed: int, *shape: int) -> Tensor:
+    """Normal float32 numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def variants(case: Any, quick: Sequence[str], full: Sequence[str] = ()) -> Iterator[Any]:
     """A case in several dtypes and directions, each as "fp32 fwd"; those of ``quick`` are in both presets."""
     for kinds, in_quick in ((quick, True), (full, False)):
@@ -242,7 +252,9 @@ def compiled_peer(
         return Contender("torch, compiled", lambda: (), objections=["compiling takes tens of seconds: use --preset full"])
     torch._dynamo.reset()
     compiled = torch.compile(call, dynamic=False)
-    return Contender("torch, compiled", bind(compiled, inputs, grads, differentiate), canonical=canonical, note="the same by torch.compile")
+    return Contender(
+        "torch, compiled", bind(compiled, inputs, grads, differentiate), canonical=canonical, note="the usual formulation by torch.compile"
+    )
 
 
 def error_fraction(result: Tensor, expected: Tensor, dtype: str) -> float:

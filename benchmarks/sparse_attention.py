@@ -95,9 +95,7 @@ def make_inputs(case: Case, request: Request) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.heads, case.tokens, case.width)
     if case.lists == "video":
-        if request.video is None:
-            raise ValueError(f"{case.name} needs a video, got none")
-        tokens = request.video(case.batch)
+        tokens = request.clips(case.batch)
         index: Tensor | None = video.changed_more_than(tokens.change, video.CHANGE)
         if isinstance(case.kept, int):
             index = video.most_changed(tokens.change, case.kept)

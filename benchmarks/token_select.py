@@ -20,13 +20,14 @@ from tokenops.ops.token_select.backends import BACKENDS
 from tokenops.types import HaltState
 
 from . import video
-from .harness import DTYPES, Contender, Cost, Request, Results, Trial, bind, contenders_of_ours, variants
+from .harness import DTYPES, Contender, Cost, Request, Results, Trial, bind, contenders_of_ours, seeded, variants
 
 # of the halting gate; with these about half of the tokens halt in the first LAYERS layers
 GATE = {"scale": 10.0, "center": 10.0, "eps": 0.01}
 LAYERS = 3
 
-EAGER = "the definition in torch operations; without gradients it updates its state in place, as ours does"
+EAGER = "the definition in torch operations; without gradients it updates a state in place as ours does, each call from the same start"
+GRADIENTS = ("cum", "remain", "rho", "out", *(f"gradient of {name}" for name in ("x", "cum", "remain", "rho", "out")))
 
 
 class Case(NamedTuple):
@@ -86,21 +87,11 @@ def example_objections(device: str) -> dict[str, list[str]]:
     return _objections(torch.zeros(2, 197, 384, device=device))
 
 
-def _film(case: Case, request: Request) -> video.VideoTokens:
-    if request.video is None:
-        raise ValueError(f"{case.name} needs a video, got none")
-    return request.video(case.batch)
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 # choosing
 
 
 def _select(case: Case, request: Request) -> Trial:
-    score = _film(case, request).change if case.film else _random(0, case.batch, case.tokens)
+    score = request.clips(case.batch).change if case.film else seeded(0, case.batch, case.tokens)
     score = score.to(request.device, DTYPES[case.dtype])
     limit: dict[str, Any] = {"threshold": 0.5} if case.kept is None else {"k": case.kept}
 
@@ -172,7 +163,7 @@ def _halt(case: Case, request: Request) -> Trial:
     step = _halting_step(case, request)
     given = {**GATE, "cu_seqlens": step.cu_seqlens}
     differentiate = case.direction == "fwd+bwd"
-    grads = [_random(at, *part.shape).to(part) for at, part in enumerate(_differentiable(step.state))]
+    grads = [seeded(at, *part.shape).to(part) for at, part in enumerate(_differentiable(step.state))]
 
     def bound(call: Callable[[Tensor, HaltState], HaltState], step: Step, grads: Sequence[Tensor]) -> Callable[[], Results]:
         def from_parts(x: Tensor, *parts: Tensor) -> Results:
@@ -221,9 +212,6 @@ def _halt(case: Case, request: Request) -> Trial:
     )
 
 
-GRADIENTS = ("cum", "remain", "rho", "out", *(f"gradient of {name}" for name in ("x", "cum", "remain", "rho", "out")))
-
-
 def _differentiable(state: HaltState) -> Results:
     return state.cum, state.remain, state.rho, state.out
 
@@ -232,7 +220,7 @@ def _halting_step(case: Case, request: Request) -> Step:
     """The state after LAYERS layers of random tokens, and the tokens of the next layer; of a packed call, of the active ones only."""
     state = None
     for layer in range(LAYERS + 1):
-        x = _random(layer, case.batch, case.tokens, case.channels)
+        x = seeded(layer, case.batch, case.tokens, case.channels)
         # the gate reads channel 0; no class token halts before the step that is timed
         x[..., 0] = 0.9 + 0.15 * x[..., 0]
         if layer < LAYERS:
@@ -335,7 +323,7 @@ class Lists(NamedTuple):
 
 
 def _lists(case: Case, request: Request) -> Lists:
-    index = video.changed_more_than(_film(case, request).change, video.CHANGE).to(request.device)
+    index = video.changed_more_than(request.clips(case.batch).change, video.CHANGE).to(request.device)
     first = case.tokens * torch.arange(case.batch, device=index.device)[:, None]
     return Lists(index, index >= 0, tokenops.mask_from_index(index, case.tokens), first, _bounds(index >= 0))
 
@@ -347,8 +335,8 @@ def _bounds(kept: Tensor) -> Tensor:
 def _pack(case: Case, request: Request) -> Trial:
     lists = _lists(case, request)
     differentiate = case.direction == "fwd+bwd"
-    grid = _random(0, case.batch, case.tokens, case.channels).to(request.device, DTYPES[case.dtype])
-    grad = _random(1, lists.total, case.channels).to(grid)
+    grid = seeded(0, case.batch, case.tokens, case.channels).to(request.device, DTYPES[case.dtype])
+    grad = seeded(1, lists.total, case.channels).to(grid)
     # rows behind the last sample are nobody's
     padded_grad = F.pad(grad, (0, 0, 0, lists.index.numel() - lists.total))
 
@@ -411,8 +399,8 @@ def _pack(case: Case, request: Request) -> Trial:
 def _unpack(case: Case, request: Request) -> Trial:
     lists = _lists(case, request)
     differentiate = case.direction == "fwd+bwd"
-    grad = _random(0, case.batch, case.tokens, case.channels).to(request.device, DTYPES[case.dtype])
-    rows = _random(1, lists.total, case.channels).to(grad)
+    grad = seeded(0, case.batch, case.tokens, case.channels).to(request.device, DTYPES[case.dtype])
+    rows = seeded(1, lists.total, case.channels).to(grad)
 
     def bound(backend: str | None, rows: Tensor, grad: Tensor) -> Callable[[], Results]:
         unpack = partial(tokenops.unpack_tokens, cu_seqlens=lists.cu_seqlens, index=lists.index, n=case.tokens, backend=backend)

@@ -227,6 +227,19 @@ class TestMatching:
         assert outcome.status == "wrong"
         assert [reason.partition(":")[0] for reason in outcome.reasons] == ["similarities of merged pairs"]
 
+    def test_destinations_that_merge_are_wrong(self) -> None:
+        inputs = token_merge.make_inputs(self.case, Request())
+
+        def merge_destinations(results: harness.Results) -> harness.Results:
+            slot = results[2].clone()
+            slot[slot == slot[:, 3:4]] = slot[0, 1]
+            plan = tokenops.plan_from_slots(slot, results[0].shape[1])
+            rows = tokenops.merge_tokens(inputs.tokens, plan, size=inputs.size)
+            return rows, tokenops.merge_tokens(inputs.size, plan, mode="sum"), slot
+
+        outcome = self.status_of(merge_destinations)
+        assert "rows left" in [reason.partition(":")[0] for reason in outcome.reasons]
+
     def test_rows_that_are_no_means_are_wrong(self) -> None:
         outcome = self.status_of(lambda results: (results[0] * 1.001, *results[1:]))
         assert [reason.partition(":")[0] for reason in outcome.reasons] == ["rows"]
