@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tokenops.ops.arguments import as_bounds, check_tensor
+from tokenops.ops.token_select import select as select
 from tokenops.types import TokenIndex
 
 
@@ -42,14 +45,10 @@ def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tenso
 
 
 def _of_rows(mask: Tensor, width: int) -> TokenIndex:
-    rows = mask.shape[-1]
-    ids = torch.arange(rows, dtype=torch.int32, device=mask.device)
-    # a row that is left out sorts behind all others
-    index = torch.where(mask, ids, rows).sort(-1).values[..., :width]
-    index = index.masked_fill(index == rows, -1)
-    if width > rows:
-        index = torch.nn.functional.pad(index, (0, width - rows), value=-1)
-    return TokenIndex(index.to(torch.int32), mask.sum(-1, dtype=torch.int32).clamp(max=width))
+    # the chosen ones are all as good: where there are too many, the lowest ids win
+    lists = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1]).to(torch.float32)
+    index, count = torch.ops.tokenops.select_tokens.default(lists, width, 0.5, 0, None)
+    return TokenIndex(index.view(*mask.shape[:-1], width), count.view(mask.shape[:-1]))
 
 
 def _of_packed(mask: Tensor, cu_seqlens: Tensor, width: int) -> TokenIndex:
