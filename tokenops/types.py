@@ -152,7 +152,7 @@ class Role(IntEnum):
     STAY = 0
     SOURCE = 1
     DESTINATION = 2
-    BOTH = 3  # previous-frame chains
+    BOTH = 3  # chains; it may choose itself and stay, unless a window forbids
     DROPPED = 4
 
 

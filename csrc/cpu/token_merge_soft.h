@@ -346,12 +346,12 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
         const int64_t at = (m * V + v) * L;
         const VecF<L> weight = load<L>(weights + at) * mass[v], grad = weight * (load<L>(grads + at) - share[v]) * cool;
         const VecF<L> similar = load<L>(logits + at) * (kLn2 * p.temperature);
-        warmth += grad * similar * -cool;
         along[v] += grad * similar, along_meta += grad * similar;
         store<L>(weights + at, weight), store<L>(grads + at, grad);
       }
       along_metas[m] += sum_lanes(along_meta);
     }
+    for (int v = 0; v < V; ++v) warmth -= along[v] * cool;
     if (s.grad_x) {
       memset(scratch.columns, 0, width * V * L * sizeof(float));
       multiply_columns(grad_sums, 1, width, weights, V * L, p.metas, scratch.columns, V * L, width, V * L);

@@ -124,7 +124,7 @@ def match_tokens(
     Args:
         metric: what tokens are compared by, say the keys averaged over heads: float32, bfloat16, float16 or float64.
         r: so many sources merge, or as many as there can be: half of the unprotected tokens in scheme "bipartite", else all sources.
-        ratio: r as a share of N in (0, 1], rounded down.
+        ratio: r as a share of N in (0, 1], rounded down. (torch.export with a dynamic N needs r: it cannot reason about the rounding.)
         threshold: sources merge whose score is greater. One of r, ratio and threshold must be given (scheme "kth" takes none, "random" no
             threshold, roles at most one; without any all sources merge).
         class_token, distill_token: token 0, token 1 neither leaves nor receives.
@@ -135,7 +135,8 @@ def match_tokens(
             "grid": all others into one token drawn in each ``cell`` of the ``grid``, the same for all samples; tokens beyond the last whole
             cell are sources.
             "previous_frame": every token into one of the frame before, wherever that one goes itself.
-            Or roles per token, [N] or [B, N] integers of ``Role``. Tokens with Role.BOTH must not merge in a circle.
+            Or roles per token, [N] or [B, N] integers of ``Role``. A token with Role.BOTH may also choose itself, and stays: give it a
+            ``locality`` that looks one way in t, in which nothing can merge in a circle.
         k: size of a group in scheme "kth".
         grid: (height, width) or (frames, height, width) of the tokens, x fastest, protected tokens before them and not counted.
         cell: (height, width) of a cell in scheme "grid".
@@ -175,8 +176,9 @@ def match_tokens(
     r = _amount(scheme, r, ratio, threshold, tokens)
     request = Request(metric, class_token, distill_token, r, k, grid, cell, locality, place, generator)
     role, place, window, most, certain, dropped = as_scheme(scheme, request)
-    if r is not None:
-        r = min(r, most)
+    # by a branch: min() of a traced size would be an expression that no range of sizes decides
+    if r is not None and r > most:
+        r = most
     if source_mask is not None or destination_mask is not None:
         masks = (
             None if source_mask is None else as_mask("source_mask", source_mask, "metric", metric),

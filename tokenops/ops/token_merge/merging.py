@@ -34,9 +34,9 @@ def merge_tokens(
         backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
 
     The new sizes are ``merge_tokens(size, plan, mode="sum")``, beginning with ones. A row without members is 0, so is a mean over sizes
-    that sum to 0. Members add up in float32 (float64 for float64), the destination first and then ascending: results depend neither on the run
-    nor on the number of threads. In "amax" NaN wins, as in torch, and tied maxima share the gradient equally. Differentiable once in x and
-    size.
+    that sum to 0. Members add up in float32 (float64 for float64), the destination first and then ascending: results depend neither on the
+    run nor on the number of threads. In "amax" NaN wins, as in torch, and tied maxima share the gradient equally. Differentiable once in x
+    and size.
 
     Source: D. Bolya et al., "Token Merging: Your ViT But Faster", 2023, section 3.
 

@@ -6,6 +6,7 @@ the backend. A plan travels as its tensors; how many rows it makes is the length
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def pair_problem(
     return PairProblem(a, b, a_mask, b_mask, a_scale, b_scale, a_place, b_place, window, normalize)
 
 
+@torch.no_grad()
 def _pairwise_argmax(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend = arguments
     problem = pair_problem(*given)
@@ -130,6 +132,7 @@ def match_problem(
     return MatchProblem(metric, role, class_token, distill_token, place, window, source_scale, destination_scale, r, threshold, normalize)
 
 
+@torch.no_grad()
 def _match_tokens(*arguments: Any) -> Lists:
     *given, n_out, backend = arguments
     problem = match_problem(*given)
@@ -402,8 +405,8 @@ def _soft_differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Any) -
     return of_x, of_metric, of_meta, of_temperature, None, of_mass, None, None
 
 
-def _refuse_double_backward(*_: Any) -> None:
-    raise RuntimeError("merge_tokens and soft_merge cannot be differentiated twice: their backward passes have no gradient formula")
+def _refuse_double_backward(name: str, *_: Any) -> None:
+    raise RuntimeError(f"{name} cannot be differentiated twice: its backward pass has no gradient formula")
 
 
 for _name, _run, _fake in (
@@ -422,12 +425,12 @@ for _name, _differentiate, _save in (
     ("merge_tokens", _merge_differentiate, _merge_save),
     ("unmerge_tokens", _unmerge_differentiate, _unmerge_save),
     ("soft_merge", _soft_differentiate, _soft_save),
-    ("merge_tokens_backward", _refuse_double_backward, None),
-    ("soft_merge_backward", _refuse_double_backward, None),
+    ("merge_tokens_backward", partial(_refuse_double_backward, "merge_tokens"), None),
+    ("soft_merge_backward", partial(_refuse_double_backward, "soft_merge"), None),
 ):
     torch.library.register_autograd(f"tokenops::{_name}", _differentiate, setup_context=_save, lib=_library)
 for _name in ("pairwise_argmax", "match_tokens", "plan_tokens"):
-    # a choice has no gradient: below autograd nothing is recorded
+    # a choice has no gradient: autograd lets it pass, and the implementations record nothing
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 pairwise_argmax, match_tokens, plan_tokens, merge_tokens, unmerge_tokens, soft_merge = (

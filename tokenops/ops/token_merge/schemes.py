@@ -82,7 +82,7 @@ def random(request: Request) -> Scheme:
     most = max(free - 1, 0)
     assert request.r is not None
     noise = torch.rand((request.metric.shape[0], free), generator=request.generator, device=request.metric.device)
-    drawn = noise.argsort(-1)[:, : min(request.r, most)]
+    drawn = noise.argsort(-1).narrow(1, 0, min(request.r, most))
     role = torch.full(noise.shape, int(Role.DESTINATION), dtype=torch.int8, device=noise.device).scatter(1, drawn, int(Role.SOURCE))
     return Scheme(_behind_protected(request, role), place, window, most, window is None)
 
@@ -98,8 +98,8 @@ def grid(request: Request) -> Scheme:
     device = request.metric.device
     drawn = torch.randint(sy * sx, cells, generator=request.generator, device=device)
     t, y, x = (torch.arange(size, device=device) for size in cells)
-    y, x = y[:, None] * sy + drawn // sx, x * sx + drawn % sx
-    chosen = (t[:, None, None] * height + y) * width + x
+    y, x = y.view(-1, 1) * sy + drawn // sx, x * sx + drawn % sx
+    chosen = (t.view(-1, 1, 1) * height + y) * width + x
     tokens = frames * height * width
     role = torch.full((1, tokens), int(Role.SOURCE), dtype=torch.int8, device=device)
     role = role.scatter(1, chosen.view(1, -1), int(Role.DESTINATION))

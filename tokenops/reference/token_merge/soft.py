@@ -102,5 +102,10 @@ def check_soft(problem: SoftMergeProblem) -> None:
         if len(bad) > 0:
             at = bad[0].tolist()
             raise ValueError(f"mass must not be negative, got {problem.mass[tuple(at)].item()} at position {at}")
-    if not float(problem.temperature) > 0.0:
-        raise ValueError(f"temperature must be positive, got {float(problem.temperature)}")
+    check_temperature(float(problem.temperature))
+
+
+def check_temperature(temperature: float) -> float:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return temperature
