@@ -271,7 +271,7 @@ def test_a_backend_that_objects_says_why() -> None:
     x = torch.zeros(1, 3, 4)
     with pytest.raises(NotImplementedError, match="cpu: float64 is served by the reference only"):
         tokenops.halt_tokens(x.double(), scale=1.0, center=0.0, backend="cpu")
-    with pytest.raises(NotImplementedError, match="cpu: rows must have a dense last dimension, got strides"):
+    with pytest.raises(NotImplementedError, match="cpu: x must have a dense last dimension, got strides"):
         tokenops.halt_tokens(x.mT, scale=1.0, center=0.0, backend="cpu")
     with pytest.raises(NotImplementedError, match="triton: runs on a GPU, got CPU tensors"):
         tokenops.pack_tokens(x, torch.tensor([0]), backend="triton")

@@ -383,7 +383,7 @@ struct SoftCall {
     check_like("meta", meta, x, meta.size(1), metric.size(2));
     p = {storage_of("x", x), x.size(2), metric.size(2), meta.size(1), normalize, static_cast<float>(temperature)};
     STD_TORCH_CHECK(p.metas > 0 && p.metric_width > 0, "meta must have rows and columns");
-    check_like("out", out, x, p.metas, p.width);
+    check_sums("out", out);
     check_numbers("mass_out", mass_out, p.metas);
     check_numbers("lse", lse, tokens);
     if (mass) check_per_token("mass", *mass, ScalarType::Float, batch, tokens);
@@ -396,7 +396,7 @@ struct SoftCall {
       sample.metric = sample_bytes(metric, s), sample.metric_row = metric.stride(1);
       sample.meta = sample_bytes(meta, s), sample.meta_row = meta.stride(1);
       if (mass) sample.mass = sample_of<float>(*mass, s), sample.mass_row = mass->stride(1);
-      sample.out = const_cast<char*>(sample_bytes(out, s)), sample.out_row = out.stride(1);
+      sample.out = const_cast<float*>(out.const_data_ptr<float>()) + s * out.stride(0), sample.out_row = out.stride(1);
       sample.mass_out = numbers_of(mass_out, s), sample.lse = numbers_of(lse, s);
     }
   }
@@ -409,6 +409,14 @@ struct SoftCall {
     check_size(name, t, 0, batch);
     check_size(name, t, 1, rows);
     check_size(name, t, 2, width);
+  }
+  // a row for each meta token, float32 whatever x is
+  void check_sums(const char* name, const Tensor& t) const {
+    check_tokens(name, t);
+    check_dtype(name, t, ScalarType::Float);
+    check_size(name, t, 0, batch);
+    check_size(name, t, 1, p.metas);
+    check_size(name, t, 2, p.width);
   }
   void check_numbers(const char* name, const Tensor& t, int64_t count) const {
     check_per_token(name, t, ScalarType::Float, batch, count);
@@ -442,7 +450,7 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
                       double temperature, OptionalTensor mass, bool normalize, Tensor out, Tensor mass_out, Tensor lse, std::string isa) {
   const TokenMergeLoops& loops = loops_of<TokenMergeLoops>(isa);
   SoftCall call(x, metric, meta, temperature, mass, normalize, out, mass_out, lse);
-  call.check_like("grad_out", grad_out, x, call.p.metas, call.p.width);
+  call.check_sums("grad_out", grad_out);
   call.check_numbers("grad_mass_out", grad_mass_out, call.p.metas);
   if (grad_x) call.check_like("grad_x", *grad_x, x, call.tokens, call.p.width);
   if (grad_metric) call.check_like("grad_metric", *grad_metric, x, call.tokens, call.p.metric_width);
@@ -456,7 +464,7 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
   }
   for (int64_t s = 0; s < call.batch; ++s) {
     SoftSample& sample = call.samples[s];
-    sample.grad_out = sample_bytes(grad_out, s), sample.grad_out_row = grad_out.stride(1);
+    sample.grad_out = grad_out.const_data_ptr<float>() + s * grad_out.stride(0), sample.grad_out_row = grad_out.stride(1);
     sample.grad_mass_out = call.numbers_of(grad_mass_out, s);
     if (grad_x) sample.grad_x = const_cast<char*>(sample_bytes(*grad_x, s)), sample.grad_x_row = grad_x->stride(1);
     if (grad_metric) {

@@ -229,7 +229,6 @@ float sum_element(const float* parts, int64_t at, int64_t part, int64_t count) {
   return sum;
 }
 
-template <class T>
 void soft_results(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count) {
   const int64_t width = padded_width(p), part = soft_part(p), masses = padded_metas(p) * width;
   for (int64_t m = 0; m < p.metas; ++m) {
@@ -239,7 +238,7 @@ void soft_results(const SoftMerge& p, const SoftSample& s, float* parts, int64_t
     float* row = parts + m * width;
     sum_row(row, parts, m * width, part, count, width);
     for (int64_t c = 0; c < width; c += kLanes) store<kLanes>(row + c, load<kLanes>(row + c) * by);
-    write_row((T*)s.out + m * s.out_row, row, p.width);
+    write_row(s.out + m * s.out_row, row, p.width);
   }
 }
 
@@ -250,15 +249,14 @@ int64_t soft_prepared(const SoftMerge& p) { return soft_part(p); }
 // gradient of the directions [padded metas][padded metric], its part along the direction [padded metas], temperature [1]
 int64_t soft_backward_part(const SoftMerge& p) { return padded_metas(p) * (padded_metric(p) + 1) + kLanes; }
 
-template <class T>
 void prepare_sample(const SoftMerge& p, const SoftSample& s, float* prepared) {
   const int64_t width = padded_width(p);
   float* masses = prepared + padded_metas(p) * width;
   memset(prepared, 0, soft_prepared(p) * sizeof(float));
   for (int64_t m = 0; m < p.metas; ++m) {
-    const T *grad = (const T*)s.grad_out + m * s.grad_out_row, *out = (const T*)s.out + m * s.out_row;
+    const float *grad = s.grad_out + m * s.grad_out_row, *out = s.out + m * s.out_row;
     const float by = s.mass_out[m] == 0.f ? 0.f : 1.f / s.mass_out[m];
-    for (int64_t c = 0; c < p.width; ++c) prepared[m * width + c] = to_float(grad[c]) * by;
+    for (int64_t c = 0; c < p.width; ++c) prepared[m * width + c] = grad[c] * by;
     masses[m] = s.grad_mass_out[m] - dot_rows(grad, out, p.width) * by;
   }
 }
@@ -346,12 +344,12 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
         const int64_t at = (m * V + v) * L;
         const VecF<L> weight = load<L>(weights + at) * mass[v], grad = weight * (load<L>(grads + at) - share[v]) * cool;
         const VecF<L> similar = load<L>(logits + at) * (kLn2 * p.temperature);
-        warmth += grad * similar * -cool;
         along[v] += grad * similar, along_meta += grad * similar;
         store<L>(weights + at, weight), store<L>(grads + at, grad);
       }
       along_metas[m] += sum_lanes(along_meta);
     }
+    for (int v = 0; v < V; ++v) warmth -= along[v] * cool;
     if (s.grad_x) {
       memset(scratch.columns, 0, width * V * L * sizeof(float));
       multiply_columns(grad_sums, 1, width, weights, V * L, p.metas, scratch.columns, V * L, width, V * L);

@@ -28,17 +28,17 @@ struct GateRows {
     }
     return rows;
   }
-  // lanes without a token get `rest`
+  // one lane for each token; `absent` where nothing is given
   template <class T>
-  VecF<kGate> read(const PerToken<T>& from, float absent, float rest = 0.f) const {
-    VecF<kGate> v = splat<kGate>(rest);
+  VecF<kGate> read(const PerToken<T>& from, float absent) const {
+    VecF<kGate> v{};
     for (int i = 0; i < count; ++i) v[i] = from.data ? (float)from.at(sample[i], row[i]) : absent;
     return v;
   }
   template <class T>
   VecF<kGate> scores(const HaltGate& gate) const {
     VecF<kGate> v{};
-    for (int i = 0; i < count; ++i) v[i] = sum_lanes(load_first<4>(token<T>(gate.x, i), 1));
+    for (int i = 0; i < count; ++i) v[i] = to_float(*token<T>(gate.x, i));
     return v;
   }
   // lanes are all ones where the row belongs to a sample

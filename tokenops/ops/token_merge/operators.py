@@ -321,7 +321,8 @@ def _new_assigned(problem: SoftMergeProblem) -> tuple[Tensor, Tensor, Tensor]:
     x, meta = problem.x, problem.meta
     batch, rows = x.shape[0], meta.shape[1]
     mass_out = x.new_empty((batch, rows), dtype=statistic_dtype(x))
-    return x.new_empty((batch, rows, x.shape[2])), mass_out, mass_out.new_empty((batch, x.shape[1]))
+    # the results are not rounded to half types: the backward pass takes differences of them. The public function casts
+    return mass_out.new_empty((batch, rows, x.shape[2])), mass_out, mass_out.new_empty((batch, x.shape[1]))
 
 
 def _soft_merge(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,7 +371,7 @@ def _soft_merge_backward(grad_out: Tensor, grad_mass: Tensor, *arguments: Any) -
     *given, out, mass_out, lse, wanted, backend = arguments
     problem = soft_problem(*given)
     grad_out, grad_mass = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_out, grad_mass))
-    chosen = choose("soft_merge_backward", BACKENDS, backend, grad_out, *problem[:3], names="grad_out x metric meta")
+    chosen = choose("soft_merge_backward", BACKENDS, backend, *problem[:3], names="x metric meta")
     if reads_contents(problem.x.device, chosen.name):
         reference.check_soft(problem)
     grads = _new_soft_gradients(problem, wanted)

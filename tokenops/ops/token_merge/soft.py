@@ -66,7 +66,7 @@ def soft_merge(
         mass = as_statistic("mass", mass, "x", x, last=True)
     refuse_forward_mode(x, metric, meta, learned, mass)
     merged, mass_out, _ = operators.soft_merge(x, metric, meta, learned, fixed, mass, normalize, backend)
-    return merged, mass_out
+    return merged.to(x.dtype), mass_out
 
 
 def _as_temperature(temperature: Tensor, x: Tensor) -> Tensor:

@@ -64,12 +64,15 @@ class NativeCPU(NamedTuple):
 
 def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bool = True) -> list[str]:
     """What no compiled kernel of ours serves. Packing moves bytes and computes nothing, so it takes every dtype."""
-    x = problem if isinstance(problem, Tensor) else problem.x
+    rows = {"x": problem} if isinstance(problem, Tensor) else {"x": problem.x}
+    if isinstance(problem, HaltProblem) and problem.state is not None:
+        rows["state.out"] = problem.state.out
     reasons = []
-    if computes and x.dtype == torch.float64:
+    if computes and rows["x"].dtype == torch.float64:
         reasons.append("float64 is served by the reference only")
-    if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
-        reasons.append(f"rows must have a dense last dimension, got strides {x.stride()}")
+    for name, x in rows.items():
+        if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+            reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
     return reasons
 
 
