@@ -61,10 +61,9 @@ def test_halt_passes_opcheck(halting: tuple[Any, ...], backend: str) -> None:
     opcheck(ops.halt_tokens.default, (x, cum, remain, active, rho, counter, *rest, backend))
 
 
-def test_halt_in_place_passes_opcheck(halting: tuple[Any, ...], backend: str) -> None:
-    if halting[1] is None:
-        pytest.skip("a start has nothing to write to")
-    opcheck(ops.halt_tokens_.default, (*halting, backend))
+@pytest.mark.parametrize("form", [form for form in HALTING if form != "start"])
+def test_halt_in_place_passes_opcheck(form: str, backend: str, device: str) -> None:
+    opcheck(ops.halt_tokens_.default, (*HALTING[form](device), backend))
 
 
 @pytest.mark.parametrize("wanted", [[True, True], [False, True]], ids=["all gradients", "one gradient"])

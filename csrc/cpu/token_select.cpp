@@ -4,7 +4,11 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
+#include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../tensors.h"

@@ -183,6 +183,8 @@ int64_t select_best(const Scores& p, int32_t* index, char* scratch) {
   int64_t found = compress(keys, 0, middle, cut.key, INT32_MAX, places, place);
   found += compress(keys, middle, n, cut.key + 1, INT32_MAX, places + found, place);
 
+  // an index without slots may have no memory at all
+  if (p.k == 0) return 0;
   for (int64_t i = 0; i < p.protect; ++i) index[i] = (int32_t)i;
   memcpy(index + p.protect, places, count * sizeof(int32_t));
   memset(index + p.protect + count, -1, (room - count) * sizeof(int32_t));

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from tokenops.ops.arguments import as_bounds, check_tensor
-from tokenops.ops.token_select import select as select
+from tokenops.ops.token_select.select import select_tokens
 from tokenops.types import TokenIndex
 
 
@@ -45,10 +43,8 @@ def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tenso
 
 
 def _of_rows(mask: Tensor, width: int) -> TokenIndex:
-    # the chosen ones are all as good: where there are too many, the lowest ids win
-    lists = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1]).to(torch.float32)
-    index, count = torch.ops.tokenops.select_tokens.default(lists, width, 0.5, 0, None)
-    return TokenIndex(index.view(*mask.shape[:-1], width), count.view(mask.shape[:-1]))
+    # all True ones are as good: where there are too many, the lowest ids win
+    return select_tokens(mask.to(torch.float32), threshold=0.5, max_k=width)
 
 
 def _of_packed(mask: Tensor, cu_seqlens: Tensor, width: int) -> TokenIndex:
