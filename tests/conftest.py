@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-from oracle import Call, objections
+from oracle import Call, objections, problem_of
 
-from tokenops.ops.sparse_attention import BACKENDS
-from tokenops.reference.sparse_attention import example_inputs
+from tokenops.ops import sparse_attention, token_select
+from tokenops.reference.sparse_attention import example_inputs as sparse_attention_inputs
 
 # `make gpu-test` sets it to cuda
 DEVICE = os.environ.get("TOKENOPS_TEST_DEVICE", "cpu")
@@ -22,19 +22,23 @@ settings.register_profile("full", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
-def _refusals() -> dict[str, list[str]]:
-    simple = example_inputs(1, 1, 8, width=8, device=DEVICE)
-    return {backend.name: objections(backend.name, simple) for backend in BACKENDS}
+# a simple call of each room: a backend that objects to it cannot run here
+ROOMS = {
+    "sparse_attention": (sparse_attention.BACKENDS, problem_of(sparse_attention_inputs(1, 1, 8, width=8, device=DEVICE))),
+    "token_select": (token_select.BACKENDS, torch.zeros(1, 8, device=DEVICE)),
+}
+REFUSALS = {room: {backend.name: backend.objections(call) for backend in backends} for room, (backends, call) in ROOMS.items()}
 
 
-REFUSALS = _refusals()
-AVAILABLE = [name for name, reasons in REFUSALS.items() if not reasons]
-
-
-@pytest.fixture(params=AVAILABLE, scope="session")
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here. Which cannot, and why, is reported by test_dispatch.py."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``backend``: every backend of the room that can run here. Which cannot, and why, is reported by test_dispatch.py."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    # test_<room>*.py
+    file = metafunc.module.__name__.removeprefix("test_")
+    [room] = [room for room in ROOMS if file.startswith(room)] or ["sparse_attention"]
+    available = [name for name, reasons in REFUSALS[room].items() if not reasons]
+    metafunc.parametrize("backend", available, scope="session")
 
 
 @pytest.fixture(scope="session")

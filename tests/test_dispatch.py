@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import REFUSALS
+from conftest import REFUSALS, ROOMS
 
 import tokenops
 from tokenops import native
 from tokenops.dispatch import Backend, choose
-from tokenops.ops.sparse_attention import BACKENDS
 
 FIRST = Backend("first", "run first", lambda problem, needs=(): [f"does not like {problem}"] if problem == "b" or needs else [])
 SECOND = Backend("second", "run second", lambda problem, needs=(): [])
@@ -38,16 +37,18 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         choose("op", (FIRST, SECOND), "fast", "a")
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_is_on_here(name: str) -> None:
+@pytest.mark.parametrize(("room", "name"), [(room, name) for room in ROOMS for name in REFUSALS[room]])
+def test_is_on_here(room: str, name: str) -> None:
     """Not a test of the code but a record: a backend that tests leave out stands here with its reasons."""
-    if REFUSALS[name]:
-        pytest.skip(f"{name}: {'; '.join(REFUSALS[name])}")
+    if REFUSALS[room][name]:
+        pytest.skip(f"{name}: {'; '.join(REFUSALS[room][name])}")
 
 
-def test_the_reference_is_always_last_and_never_objects() -> None:
-    assert BACKENDS[-1].name == "reference"
-    assert REFUSALS["reference"] == []
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_reference_is_always_last_and_never_objects(room: str) -> None:
+    backends, _ = ROOMS[room]
+    assert backends[-1].name == "reference"
+    assert REFUSALS[room]["reference"] == []
 
 
 needs_library = pytest.mark.skipif(native.CPU_ABSENT is not None, reason=str(native.CPU_ABSENT))

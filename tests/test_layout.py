@@ -14,7 +14,7 @@ import tokenops
 
 PACKAGE = Path(tokenops.__file__).parent
 ROOT = PACKAGE.parent
-ROOMS = {"sparse_attention"}
+ROOMS = {"sparse_attention", "token_select"}
 WINGS = ("reference", "triton")
 # what the rooms of a wing share
 SHARED = {"launch"}
@@ -90,7 +90,9 @@ def test_kernels_are_registered_in_their_own_file() -> None:
             assert text[last:].count("\n") < 12, f"{path.name}: the registration stands at the end"
 
 
-@pytest.mark.parametrize("name", ["sparse_attention", "index_from_mask", "patch_sdpa"])
+@pytest.mark.parametrize(
+    "name", ["sparse_attention", "index_from_mask", "patch_sdpa", "select_tokens", "halt_tokens", "pack_tokens", "unpack_tokens"]
+)
 def test_examples_in_docstrings_run(name: str) -> None:
     names = {
         "torch": torch,

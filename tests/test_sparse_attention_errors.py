@@ -14,7 +14,8 @@ from torch import Tensor
 import tokenops
 from tokenops import native
 from tokenops.ops.sparse_attention import BACKENDS
-from tokenops.ops.sparse_attention.backends import explain
+from tokenops.ops.wings import explain, reads_contents
+from tokenops.reference.sparse_attention import check_contents
 
 
 def listed(device: str, **more: Any) -> Call:
@@ -245,15 +246,13 @@ def test_bad_contents_on_every_backend(
 
 
 def test_on_a_gpu_contents_are_read_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = tokenops.ops.sparse_attention.as_problem(**listed("cpu"))[0]
-    reads = tokenops.ops.sparse_attention.operators.reads_contents
-    assert reads(problem, "reference")
-    assert not reads(problem, "cpu:avx2")
-    on_gpu = problem._replace(query=problem.query.to("meta"))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert reads_contents(cpu, "reference")
+    assert not reads_contents(cpu, "cpu:avx2")
     monkeypatch.delenv("TOKENOPS_CHECK", raising=False)
-    assert not reads(on_gpu, "triton")
+    assert not reads_contents(gpu, "triton")
     monkeypatch.setenv("TOKENOPS_CHECK", "1")
-    assert reads(on_gpu, "triton")
+    assert reads_contents(gpu, "triton")
 
 
 def test_an_id_out_of_range_is_an_empty_slot_to_the_definition() -> None:
@@ -422,12 +421,12 @@ def test_a_backend_that_objects_says_why_and_nothing_takes_its_place(device: str
 def test_what_a_kernel_reports_becomes_an_exception() -> None:
     good = tokenops.ops.sparse_attention.as_problem(**listed("cpu"))[0]
     with pytest.raises(MemoryError, match=r"no memory for the scratch space of the C\+\+ kernel"):
-        explain(good, 2)
+        explain("sparse_attention", 2, lambda: check_contents(good))
     with pytest.raises(ValueError, match="q_index must hold ids"):
-        explain(good._replace(q_index=good.q_index + 19), 1)
+        explain("sparse_attention", 1, lambda: check_contents(good._replace(q_index=good.q_index + 19)))
     # a kernel and the check may never disagree; if they did, it must not pass in silence
     with pytest.raises(RuntimeError, match="refused a call that is in order"):
-        explain(good, 1)
+        explain("sparse_attention", 1, lambda: check_contents(good))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ class HaltState(NamedTuple):
     out: Tensor  # [B, N, C] float32, or [B, C] where only the class token's output is wanted
 
 
+class PackedTokens(NamedTuple):
+    """Rows of several samples, one sample after the other, as varlen attention takes them."""
+
+    tokens: Tensor  # [T, ...], zero behind the last sample
+    cu_seqlens: Tensor  # [B + 1] int32, sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1]
+
+
 class AttentionProblem(NamedTuple):
     """One attention call after the door has checked and normalised it: what every backend receives.
 
@@ -126,3 +133,35 @@ class Role(IntEnum):
     DESTINATION = 2
     BOTH = 3  # previous-frame chains
     DROPPED = 4
+
+
+class HaltProblem(NamedTuple):
+    """One halting step after the door has checked it. A packed call has B = 1, its rows as N, and ``cu_seqlens``."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides
+    state: HaltState | None  # before the step; vectors [B, N] and out [B, N, C] (or [S, C]) have a dense last dimension. None = the first
+    cu_seqlens: Tensor | None  # [S + 1] int32, sample s owns rows cu_seqlens[s] : cu_seqlens[s + 1]; without it every sample is a row of B
+    scale: float
+    center: float
+    limit: float  # 1 - eps, to be compared as float32 (float64 with float64 x)
+    last: bool
+    class_only: bool  # out is [S, C]: the output of each sample's first row
+
+
+class HaltBackwardProblem(NamedTuple):
+    """The backward pass of a halting step. A gradient that is None is zero."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides
+    grad_cum: Tensor | None  # [B, N]
+    grad_remain: Tensor | None  # [B, N]
+    grad_rho: Tensor | None  # [B, N]
+    grad_out: Tensor | None  # [B, N, C] or [S, C], last dimension dense
+    remain: Tensor | None  # [B, N] before the step; None = the first: 1
+    active: Tensor | None  # [B, N] before the step; None = the first: all
+    cum: Tensor  # [B, N] after the step
+    cu_seqlens: Tensor | None
+    scale: float
+    center: float
+    limit: float
+    last: bool
+    class_only: bool

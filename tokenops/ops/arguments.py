@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import torch
@@ -47,6 +48,17 @@ def as_int32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
+def as_bounds(name: str, bounds: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """[S + 1] int32."""
+    check_tensor(name, bounds)
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {bounds.dtype}")
+    if bounds.dim() != 1 or bounds.shape[0] < 1:
+        raise ValueError(f"{name} must be [S + 1], got {list(bounds.shape)}")
+    check_device(name, bounds, other_name, other)
+    return dense(as_int32(bounds))
+
+
 def per_head(name: str, x: Tensor, batch: tuple[int, ...], heads: int, last: str, size: int | None = None) -> Tensor:
     """[1|B, 1|H, last] from [last] | [*batch, last] | [*batch, H, last]; leading sizes of 1 serve all and stay 1."""
     rank, width = len(batch), size if size is not None else (x.shape[-1] if x.dim() else 0)
@@ -74,3 +86,35 @@ def flat_batch(x: Tensor, batch: tuple[int, ...], inner: int) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """The last dimension without gaps, as kernels read it. For lists and bias vectors: a grid is never copied."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def check_in_place(name: str, target: Tensor, inputs: Iterable[object], instead: str) -> None:
+    """Whether results of these inputs may be written into this tensor, as far as a tracer can tell."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (target, *inputs) if isinstance(x, Tensor)):
+        raise RuntimeError(f"{name} is written in place and has no gradient: call under torch.no_grad(), or {instead}")
+    if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+        raise ValueError(f"{name} must not be expanded (several rows in one place), got strides {target.stride()}")
+
+
+def check_overlap(name: str, target: Tensor, others: Mapping[str, object]) -> None:
+    """Whether they lie apart. Asked where the operator runs: a tracer's tensors have no memory to compare."""
+    for other_name, x in others.items():
+        if isinstance(x, Tensor) and _overlap(target, x):
+            raise ValueError(f"{name} must not share memory with {other_name}")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share an element, where that is certain. As in torch, interleaved views get the benefit of the doubt."""
+    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    if a.data_ptr() == b.data_ptr():
+        return True
+    if not (_gapless(a) and _gapless(b)):
+        return False
+    starts = [x.storage_offset() * x.element_size() for x in (a, b)]
+    ends = [start + x.numel() * x.element_size() for start, x in zip(starts, (a, b), strict=True)]
+    return starts[0] < ends[1] and starts[1] < ends[0]
+
+
+def _gapless(x: Tensor) -> bool:
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 == x.numel()

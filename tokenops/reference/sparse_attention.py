@@ -278,12 +278,12 @@ def check_contents(problem: AttentionProblem, *, unique_queries: bool = False, u
     ):
         if bounds is not None:
             slots = grid.shape[2] if index is None else index.shape[2]
-            _check_bounds(f"cu_seqlens_{side}", bounds, slots)
+            check_bounds(f"cu_seqlens_{side}", bounds, slots)
         if index is not None:
             _check_index("q_index" if side == "q" else "kv_index", index, grid.shape[2], bounds, unique)
 
 
-def _check_bounds(name: str, bounds: Tensor, slots: int) -> None:
+def check_bounds(name: str, bounds: Tensor, slots: int) -> None:
     values = bounds.tolist()
     if values[0] != 0:
         raise ValueError(f"{name} must start at 0, got {values[0]}")

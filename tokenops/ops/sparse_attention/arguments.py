@@ -9,7 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import as_index, as_int32, check_device, check_tensor, dense, flat_batch, per_head, refuse_forward_mode
+from tokenops.ops.arguments import (
+    as_bounds,
+    as_index,
+    check_device,
+    check_in_place,
+    check_tensor,
+    dense,
+    flat_batch,
+    per_head,
+    refuse_forward_mode,
+)
 from tokenops.types import AttentionProblem, Aux, TokenIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -186,7 +196,7 @@ def as_packed_problem(
         raise ValueError(f"value must be [Tk, Hkv, Dv] = [{tokens}, {kv_heads}, Dv] as key, got {list(value.shape)}")
     if kv_heads == 0 or q_heads % kv_heads != 0:
         raise ValueError(f"key and value must have a divisor of query's {q_heads} heads, got {kv_heads}")
-    bounds = as_bounds("cu_seqlens_q", cu_seqlens_q, query), as_bounds("cu_seqlens_k", cu_seqlens_k, query)
+    bounds = as_bounds("cu_seqlens_q", cu_seqlens_q, "query", query), as_bounds("cu_seqlens_k", cu_seqlens_k, "query", query)
     if bounds[0].shape != bounds[1].shape:
         raise ValueError(f"cu_seqlens_k must be [S + 1] = {list(bounds[0].shape)} as cu_seqlens_q, got {list(bounds[1].shape)}")
     for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -197,16 +207,6 @@ def as_packed_problem(
     problem = _problem(grids, None, dropout_p, is_causal, scale, q_index, kv_index, kv_bias)
     problem = problem._replace(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return problem, rows
-
-
-def as_bounds(name: str, bounds: Tensor, query: Tensor) -> Tensor:
-    check_tensor(name, bounds)
-    if bounds.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {bounds.dtype}")
-    if bounds.dim() != 1 or bounds.shape[0] < 1:
-        raise ValueError(f"{name} must be [S + 1], got {list(bounds.shape)}")
-    check_device(name, bounds, "query", query)
-    return dense(as_int32(bounds))
 
 
 def draw_seed(dropout_p: float) -> Tensor | None:
@@ -232,20 +232,9 @@ def check_grid(out: Tensor, shape: tuple[int, ...], problem: AttentionProblem) -
     if out.dtype != problem.query.dtype:
         raise TypeError(f"out must have the result's dtype {problem.query.dtype}, got {out.dtype}")
     check_device("out", out, "query", problem.query)
-    inputs = {name: x for name, x in problem._asdict().items() if isinstance(x, Tensor)}
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *inputs.values())):
-        raise RuntimeError("out is written in place and has no gradient: call under torch.no_grad(), or leave out=None")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"out must not be expanded (several rows in one place), got strides {out.stride()}")
+    check_in_place("out", out, problem, "leave out=None")
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         raise ValueError(f"out must have a dense last dimension, got strides {out.stride()}")
-
-
-def check_overlap(out: Tensor, problem: AttentionProblem) -> None:
-    """Whether they lie apart. Asked where the operator runs: a tracer's tensors have no memory to compare."""
-    for name, x in problem._asdict().items():
-        if isinstance(x, Tensor) and _overlap(out, x):
-            raise ValueError(f"out must not share memory with {name}")
 
 
 def as_grid_view(out: Tensor, grids: Grids) -> Tensor:
@@ -256,20 +245,3 @@ def as_grid_view(out: Tensor, grids: Grids) -> Tensor:
         return out.view(*grids.query.shape[:3], out.shape[-1])
     except RuntimeError as error:
         raise ValueError(f"out must have batch dimensions that can be seen as one, got strides {out.stride()}") from error
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors share an element, where that is certain. As in torch, interleaved views get the benefit of the doubt."""
-    if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    if a.data_ptr() == b.data_ptr():
-        return True
-    if not (_gapless(a) and _gapless(b)):
-        return False
-    starts = [x.storage_offset() * x.element_size() for x in (a, b)]
-    ends = [start + x.numel() * x.element_size() for start, x in zip(starts, (a, b), strict=True)]
-    return starts[0] < ends[1] and starts[1] < ends[0]
-
-
-def _gapless(x: Tensor) -> bool:
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 == x.numel()

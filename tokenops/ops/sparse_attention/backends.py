@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenops import native
-from tokenops.dispatch import Backend
+from tokenops.ops.wings import backends, explain
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -30,9 +27,6 @@ _library.define(
     f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
 )
 
-# Triton too reads it once: when it is imported
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 
 class NativeCPU(NamedTuple):
     """The C++ kernels as a backend; ``isa`` "" means the best one."""
@@ -42,50 +36,19 @@ class NativeCPU(NamedTuple):
     def forward(self, problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
         run = torch.ops.tokenops.sparse_attention_cpu_forward.default
         code = run(out, lse, row_sq, *_native_arguments(problem), by_row, self.isa or native.default_cpu_isa())
-        if code != 0:
-            explain(problem, code, unique_queries=by_row)
+        explain("sparse_attention", code, partial(reference.check_contents, problem, unique_queries=by_row))
 
     def backward(self, problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
         run = torch.ops.tokenops.sparse_attention_cpu_backward.default
         code = run(*grads[:4], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
-        if code != 0:
-            explain(problem, code, unique_queries=True, unique_keys=True)
+        explain("sparse_attention", code, partial(reference.check_contents, problem, unique_queries=True, unique_keys=True))
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
     return (p.query, p.key, p.value, p.q_index, p.kv_index, p.kv_bias, p.attn_mask, p.cu_seqlens_q, p.cu_seqlens_k, p.is_causal, p.scale)
 
 
-def explain(problem: AttentionProblem, code: int, **unique: bool) -> None:
-    """Kernels only report what went wrong. For bad contents this names the argument, the value and the place."""
-    if code == 2:
-        raise MemoryError("sparse_attention: no memory for the scratch space of the C++ kernel")
-    reference.check_contents(problem, **unique)
-    raise RuntimeError(f"sparse_attention: the C++ kernel refused a call that is in order (code {code}); please report it")
-
-
-def cpu_objections(isa: str, problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
-    reasons = []
-    if problem.query.device.type != "cpu":
-        reasons.append(f"runs on CPU tensors, got {problem.query.device}")
-    if native.CPU_ABSENT:
-        reasons.append(native.CPU_ABSENT)
-    elif isa and isa not in native.cpu_isas():
-        reasons.append(f"{isa} is not built in or not supported by this processor (here: {', '.join(native.cpu_isas())})")
-    return reasons + _kernel_objections(problem, needs)
-
-
-def triton_objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
-    if problem.query.device.type == "cpu" and not _INTERPRETED:
-        return ["runs on a GPU, got CPU tensors"]
-    try:
-        triton = _triton()
-    except ImportError as error:
-        return [f"triton is not installed ({error})"]
-    return _kernel_objections(problem, needs) + triton.objections(problem, needs)
-
-
-def _kernel_objections(problem: AttentionProblem, needs: tuple[str, ...]) -> list[str]:
+def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
     """What no compiled kernel of ours serves."""
     query, key, value = problem.query, problem.key, problem.value
     reasons = []
@@ -105,24 +68,4 @@ def _kernel_objections(problem: AttentionProblem, needs: tuple[str, ...]) -> lis
     return reasons
 
 
-def _triton() -> ModuleType:
-    """Imported when first needed: the package works without triton."""
-    return import_module("tokenops.triton.sparse_attention")
-
-
-class Triton:
-    """The Triton kernels as a backend."""
-
-    def forward(self, *arguments: object) -> None:
-        _triton().forward(*arguments)
-
-    def backward(self, *arguments: object) -> None:
-        _triton().backward(*arguments)
-
-
-BACKENDS = (
-    Backend("triton", Triton(), triton_objections),
-    Backend("cpu", NativeCPU(""), partial(cpu_objections, "")),
-    *(Backend(f"cpu:{isa}", NativeCPU(isa), partial(cpu_objections, isa)) for isa in ("avx512_bf16", "avx512", "avx2", "generic")),
-    Backend("reference", reference, lambda problem, needs=(): []),
-)
+BACKENDS = backends("sparse_attention", NativeCPU, reference, _objections)

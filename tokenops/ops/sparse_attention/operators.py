@@ -6,7 +6,6 @@ the backend.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.sparse_attention.arguments import check_overlap
+from tokenops.ops.arguments import check_overlap
 from tokenops.ops.sparse_attention.backends import BACKENDS
+from tokenops.ops.wings import reads_contents
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -127,7 +127,7 @@ def _forward_fake(form: _Form, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
 def _in_place(form: _Form, grid: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *given, row_sq, backend = arguments
     problem = form.problem(*given)
-    check_overlap(grid, problem)
+    check_overlap("out", grid, problem._asdict())
     lse, squares = _allocate_rows(problem), _allocate_rows(problem, row_sq)
     _serve(problem, form.to_grid(grid), lse, squares if row_sq else None, True, backend)
     return form.from_grid(lse), form.from_grid(squares)
@@ -158,7 +158,7 @@ def _serve(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor |
     # in eager mode the wish for a mask gradient is known by now: better refused here than in the backward pass
     needs = ("attn_mask",) if problem.attn_mask is not None and problem.attn_mask.requires_grad else ()
     chosen = choose("sparse_attention", BACKENDS, backend, problem, needs=needs)
-    if reads_contents(problem, chosen.name):
+    if reads_contents(problem.query.device, chosen.name):
         reference.check_contents(problem, unique_queries=by_row)
     if lse.numel() > 0:
         chosen.run.forward(problem, out, lse, row_sq, by_row)
@@ -169,7 +169,7 @@ def _serve_backward(
 ) -> None:
     needs = tuple(name for name, grad in zip(AttentionGradients._fields, grads, strict=True) if grad is not None)
     chosen = choose("sparse_attention_backward", BACKENDS, backend, problem, needs=needs)
-    if reads_contents(problem, chosen.name):
+    if reads_contents(problem.query.device, chosen.name):
         reference.check_contents(problem, unique_queries=True, unique_keys=True)
     if lse.numel() > 0 and problem.key.shape[2] > 0:
         chosen.run.backward(problem, grad_out, out, lse, grads)
@@ -177,13 +177,6 @@ def _serve_backward(
     for grad in grads:
         if grad is not None:
             grad.zero_()
-
-
-def reads_contents(problem: AttentionProblem, backend: str) -> bool:
-    """Whether to check index contents here. The C++ kernels do it while they work; on a GPU it costs a wait, so only on request."""
-    if problem.query.device.type == "cpu":
-        return not backend.startswith("cpu")
-    return os.environ.get("TOKENOPS_CHECK") == "1"
 
 
 def _allocate(problem: AttentionProblem) -> Tensor:

@@ -1,0 +1,77 @@
+"""The backends of this room, in order of preference, and why each may refuse a call."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenops import native
+from tokenops.ops.wings import backends, explain
+from tokenops.reference import token_select as reference
+from tokenops.types import HaltBackwardProblem, HaltProblem, HaltState
+
+_library = torch.library.Library("tokenops", "FRAGMENT")
+_STEP = "float scale, float center, float limit, bool last, bool class_only, str isa"
+# implemented by csrc/cpu/token_select.cpp; 0 = done, 1 = bad contents, 2 = no memory
+_library.define("token_select_cpu_select(Tensor(a!) index, Tensor(b!) count, Tensor score, float? threshold, int protect, str isa) -> int")
+# the new state may be the old one
+_library.define(
+    "token_select_cpu_halt(Tensor(a!) new_cum, Tensor(b!) new_remain, Tensor(c!) new_active, Tensor(d!) new_rho, Tensor(e!) new_counter, "
+    "Tensor(f!) new_out, Tensor x, Tensor? cum, Tensor? remain, Tensor? active, Tensor? rho, Tensor? counter, Tensor? out, "
+    f"Tensor? cu_seqlens, {_STEP}) -> int"
+)
+_library.define(
+    "token_select_cpu_halt_backward(Tensor(a!)? new_grad_x, Tensor(b!)? new_grad_remain, Tensor x, Tensor? grad_cum, Tensor? grad_remain, "
+    f"Tensor? grad_rho, Tensor? grad_out, Tensor? remain, Tensor? active, Tensor cum, Tensor? cu_seqlens, {_STEP}) -> int"
+)
+_library.define("token_select_cpu_pack(Tensor(a!) tokens, Tensor(b!) cu_seqlens, Tensor x, Tensor? index, Tensor? count, str isa) -> int")
+_library.define("token_select_cpu_unpack(Tensor(a!) x, Tensor tokens, Tensor cu_seqlens, Tensor? index, str isa) -> int")
+
+
+class NativeCPU(NamedTuple):
+    """The C++ kernels as a backend; ``isa`` "" means the best one."""
+
+    isa: str
+
+    def _isa(self) -> str:
+        return self.isa or native.default_cpu_isa()
+
+    def select(self, score: Tensor, threshold: float | None, protect: int, index: Tensor, count: Tensor) -> None:
+        code = torch.ops.tokenops.token_select_cpu_select.default(index, count, score, threshold, protect, self._isa())
+        explain("select_tokens", code, partial(reference.check_scores, score, protect))
+
+    def halt(self, problem: HaltProblem, new: HaltState) -> None:
+        x, state, *rest = problem
+        old = (None,) * len(new) if state is None else state
+        code = torch.ops.tokenops.token_select_cpu_halt.default(*new, x, *old, *rest, self._isa())
+        explain("halt_tokens", code, partial(reference.check_halt, problem))
+
+    def halt_backward(self, problem: HaltBackwardProblem, grad_x: Tensor | None, grad_remain: Tensor | None) -> None:
+        code = torch.ops.tokenops.token_select_cpu_halt_backward.default(grad_x, grad_remain, *problem, self._isa())
+        explain("halt_tokens_backward", code, partial(reference.check_halt, problem))
+
+    def pack(self, x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        code = torch.ops.tokenops.token_select_cpu_pack.default(tokens, cu_seqlens, x, index, count, self._isa())
+        explain("pack_tokens", code, partial(reference.check_pack, x, index, count, tokens.shape[0]))
+
+    def unpack(self, tokens: Tensor, cu_seqlens: Tensor, index: Tensor | None, x: Tensor) -> None:
+        code = torch.ops.tokenops.token_select_cpu_unpack.default(x, tokens, cu_seqlens, index, self._isa())
+        explain("unpack_tokens", code, partial(reference.check_unpack, tokens, cu_seqlens, index, x.shape[1], x.shape[0] == 1))
+
+
+def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bool = True) -> list[str]:
+    """What no compiled kernel of ours serves. Packing moves bytes and computes nothing, so it takes every dtype."""
+    x = problem if isinstance(problem, Tensor) else problem.x
+    reasons = []
+    if computes and x.dtype == torch.float64:
+        reasons.append("float64 is served by the reference only")
+    if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        reasons.append(f"rows must have a dense last dimension, got strides {x.stride()}")
+    return reasons
+
+
+# the C++ kernels are not there yet
+BACKENDS = tuple(b for b in backends("token_select", NativeCPU, reference, _objections) if not b.name.startswith("cpu"))
