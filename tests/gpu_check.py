@@ -127,7 +127,8 @@ def check(arch: str, room: str, case: Case) -> list[Usage]:
     try:
         case.launch()
     except Exception as error:
-        complaint = f"{type(error).__name__}: {error}".splitlines()[0]
+        # a compiler begins with the place and ends with the reason
+        complaint = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         usages.append(Usage(room, "?", str(case), arch, "", 0, 0, 0, 0, ARCHS[arch].shared, 0, (complaint,)))
     finally:
         JITFunction.run = run
@@ -149,7 +150,7 @@ def measure(arch: str, room: str, case: Case, kernel: Any, options: Mapping[str,
         complaints.append("more shared memory than promised")
     if promise.tensor_core and not tensor_core:
         complaints.append("no tensor cores")
-    blocks = (f"{name.removeprefix('BLOCK_')}{options[name]}" for name in kernel.arg_names if name.startswith("BLOCK_"))
+    blocks = (f"{name.removeprefix('BLOCK').removeprefix('_')}{options[name]}" for name in kernel.arg_names if name.startswith("BLOCK"))
     chosen = " ".join((*blocks, f"w{compiled.metadata.num_warps}", f"s{compiled.metadata.num_stages}"))
     return Usage(room, kernel.__name__, str(case), arch, chosen, registers, spills, shared, promised, limit, tensor_core, tuple(complaints))
 

@@ -14,7 +14,6 @@ from tokenops.triton.launch import device_objections, launch
 from tokenops.types import HaltBackwardProblem, HaltProblem, HaltState
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# integers of an element's size: moving rows needs no more of their type
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -67,8 +66,8 @@ def select(score: Tensor, threshold: float | None, protect: int, index: Tensor, 
         THRESHOLD=threshold is not None,
         SEARCH=slots < tokens,
         BLOCK=block,
-        # 8 scores a thread, 16 in the largest block
-        num_warps=min(16, block // 256),
+        # 16 scores a thread: with more of them registers spill, with fewer the same work takes more instructions
+        num_warps=max(1, block // 512),
     )
 
 
@@ -87,6 +86,7 @@ def halt(problem: HaltProblem, new: HaltState) -> None:
     _launch_halt(
         kernels.halt,
         problem,
+        1024,
         **vectors,
         **new_vectors,
         out=out,
@@ -116,6 +116,8 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
     _launch_halt(
         kernels.halt_backward,
         problem,
+        # more of them and registers spill
+        512,
         **vectors,
         grad_out=problem.grad_out,
         new_grad_x=grad_x,
@@ -125,10 +127,10 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
     )
 
 
-def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, **arguments: Any) -> None:
+def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, elements: int, **arguments: Any) -> None:
     samples, tokens, channels = problem.x.shape
     sequences = 0 if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
-    tile = _tile(channels, most=2048)
+    tile = _tile(channels, elements)
     blocks = -(-tokens // tile.rows)
     launch(
         kernel,
@@ -158,8 +160,7 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
     """Fills tokens [T, W] and cu_seqlens [B + 1] from x [G, N, W]."""
     from tokenops.triton.token_select import kernels
 
-    grids, rows, width = x.shape
-    lists = cu_seqlens.shape[0] - 1
+    rows, lists = x.shape[1], cu_seqlens.shape[0] - 1
     ranks = None
     if index is not None:
         ranks = torch.empty_like(index, memory_format=torch.contiguous_format)
@@ -169,18 +170,19 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
         index = index.contiguous()
     assert count is not None
     slots = rows if index is None else index.shape[1]
-    tile = _tile(width, most=8192 // x.element_size())
+    x, tokens = _as_integers(x, tokens)
+    tile = _tile(x.shape[2], min(2048, 8192 // x.element_size()))
     blocks = max(1, -(-slots // tile.rows))
     launch(
         kernels.pack_rows,
         # the first one writes cu_seqlens[0], whatever there is to copy
         max(1, lists * blocks, -(-tokens.shape[0] // tile.rows)),
         x,
-        x=x.view(INTEGERS[x.element_size()]),
+        x=x,
         index=index,
         ranks=ranks,
         counts=count,
-        tokens=tokens.view(INTEGERS[x.element_size()]),
+        tokens=tokens,
         cu_seqlens=cu_seqlens,
         x_strides=_row_strides(x),
         index_stride=_sample_strides(index)[0],
@@ -191,7 +193,7 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
         T=tokens.shape[0],
         lists=lists,
         blocks=blocks,
-        W=width,
+        W=x.shape[2],
         BLOCK_N=tile.rows,
         BLOCK_W=tile.columns,
         num_warps=4,
@@ -202,27 +204,28 @@ def unpack(tokens: Tensor, cu_seqlens: Tensor, index: Tensor | None, x: Tensor) 
     """Fills x [G, N, W] from tokens [T, W]."""
     from tokenops.triton.token_select import kernels
 
-    grids, rows, width = x.shape
+    grids, rows = x.shape[:2]
     source = None
     if index is not None:
         source = torch.full((grids, rows), -1, dtype=torch.int32, device=tokens.device)
         _launch_scan(index, cu_seqlens, None, None, source, rows)
-    tile = _tile(width, most=8192 // x.element_size())
+    tokens, x = _as_integers(tokens, x)
+    tile = _tile(x.shape[2], min(2048, 8192 // x.element_size()))
     blocks = -(-rows // tile.rows)
     launch(
         kernels.unpack_rows,
         grids * blocks,
         tokens,
-        tokens=tokens.view(INTEGERS[x.element_size()]),
+        tokens=tokens,
         cu_seqlens=cu_seqlens,
         source=source,
-        x=x.view(INTEGERS[x.element_size()]),
+        x=x,
         tokens_stride=tokens.stride(0),
         x_strides=_row_strides(x),
         N=rows,
         T=tokens.shape[0],
         blocks=blocks,
-        W=width,
+        W=x.shape[2],
         BLOCK_N=tile.rows,
         BLOCK_W=tile.columns,
         num_warps=4,
@@ -262,14 +265,31 @@ def _order_of(number: float, dtype: torch.dtype) -> int:
     size = nearest.element_size()
     bits = int(nearest.view(INTEGERS[size]).item())
     order = bits if bits >= 0 else bits ^ ((1 << (8 * size - 1)) - 1)
-    # -0 is 0
-    return max(order, 0) - int(nearest.float() > exact) if order == -1 else order - int(nearest.float() > exact)
+    # -1 is -0, which is 0
+    return (0 if order == -1 else order) - int(nearest.float() > exact)
 
 
-def _tile(width: int, most: int) -> Tile:
-    """At most ``most`` elements, and of a row at most 128 or a sixteenth of that."""
-    columns = min(_power_of_two(width), max(most // 16, 1))
-    return Tile(max(1, min(256, most // columns)), columns)
+def _tile(width: int, elements: int) -> Tile:
+    """So many elements at most, and an eighth of them from one row."""
+    columns = min(_power_of_two(width), max(elements // 8, 1))
+    return Tile(min(256, elements // columns), columns)
+
+
+def _as_integers(*tensors: Tensor) -> list[Tensor]:
+    """Rows of tensors as integers: moving them needs no more of their type. The widest integers that fit all rows, since a thread moves one
+    at a time wherever the compiler cannot tell that more are in line.
+    """
+    size = max(size for size in INTEGERS if all(_fits(tensor, size) for tensor in tensors))
+    return [tensor.view(INTEGERS[size]) for tensor in tensors]
+
+
+def _fits(tensor: Tensor, size: int) -> bool:
+    """Whether integers of so many bytes tile the rows."""
+    item = tensor.element_size()
+    if size <= item:
+        return size == item
+    places = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and tensor.data_ptr() % size == 0 and all(place * item % size == 0 for place in places)
 
 
 def _power_of_two(size: int) -> int:

@@ -1,8 +1,8 @@
 """The Triton kernels of token selection, halting and packing.
 
-Letters as everywhere: B samples, N tokens, K slots of a list, T packed rows, C channels, W elements of a row. A *slot* is a place in an index
-list, a *row* is what the list names there. Every value has one program that writes it: no atomics on results, the same bits every run.
-Nothing is read back to the host: counts stay on the device, and launch grids follow from shapes.
+Letters as everywhere: B samples, N tokens, K slots of a list, T packed rows, C channels, W elements of a row. A *slot* is a place in an
+index list, a *row* is what the list names there. Every value has one program that writes it: no atomics on results, the same bits in every
+run. Nothing is read back to the host: counts stay on the device, and launch grids follow from shapes.
 
 Offsets are 64-bit from the row id on: a grid may hold more than 2^31 elements.
 """
@@ -23,7 +23,7 @@ CHUNK = tl.constexpr(256)
 def _keys(score, ids, stride, N, protect, threshold, BITS: tl.constexpr, INFINITY: tl.constexpr, THRESHOLD: tl.constexpr):
     """Unsigned numbers in the order of the scores: 0 for NaN and for what the threshold stops, the largest for protected tokens.
 
-    ``score`` holds the bit patterns as signed integers, INFINITY is that of infinity; ``threshold`` is in signed order, see ``_launch_select``.
+    ``score`` holds bit patterns as signed integers, and they are put in order as such; ``threshold`` and INFINITY are places in that order.
     """
     bits = tl.load(score + ids.to(tl.int64) * stride, mask=ids < N, other=0).to(tl.int32)
     # negative numbers run backwards, and -0 is 0
@@ -74,10 +74,10 @@ def select(
                     counted = counted & ((key >> (shift + DIGIT)) == worst)
                 digit = (key >> shift) & ((1 << DIGIT) - 1)
                 counts += tl.histogram(digit.to(tl.int32), 1 << DIGIT, mask=counted)
-            better = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-            here = (better < room) & (room <= better + counts)
+            above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
+            here = (above < room) & (room <= above + counts)
             worst = (worst << DIGIT) | tl.sum(tl.where(here, bins, 0), 0).to(tl.uint32)
-            room -= tl.sum(tl.where(here, better, 0), 0)
+            room -= tl.sum(tl.where(here, above, 0), 0)
     if THRESHOLD:
         room = tl.where(worst == 0, 0, room)
 
@@ -241,9 +241,7 @@ def halt(
     for start in range(0, columns, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         within = (channel < C)[None, :]
-        token = tl.load(
-            x + rows.to(tl.int64)[:, None] * x_strides[1] + channel[None, :], mask=taking[:, None] & within, other=0.0
-        )
+        token = tl.load(x + rows.to(tl.int64)[:, None] * x_strides[1] + channel[None, :], mask=taking[:, None] & within, other=0.0)
         target = targets[:, None] + channel[None, :]
         added = weight[:, None] * token.to(tl.float32)
         if CLASS or IN_PLACE:
@@ -398,13 +396,12 @@ def pack_rows(
     until = 0
     total = 0
     for start in range(0, lists, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        length = tl.load(counts + at * counts_stride, mask=at < lists, other=0)
+        other = start + tl.arange(0, CHUNK)
+        length = tl.load(counts + other * counts_stride, mask=other < lists, other=0)
         if index is None:
             length = tl.minimum(tl.maximum(length, 0), N)
-            length = tl.where(at < lists, length, 0)
-        before += tl.sum(tl.where(at < b, length, 0), 0)
-        until += tl.sum(tl.where(at <= b, length, 0), 0)
+        before += tl.sum(tl.where(other < b, length, 0), 0)
+        until += tl.sum(tl.where(other <= b, length, 0), 0)
         total += tl.sum(length, 0)
     if tl.program_id(0) == 0:
         tl.store(cu_seqlens, 0)
@@ -417,9 +414,8 @@ def pack_rows(
         targets = before + slots
         filled = listed & (slots < until - before)
     else:
-        at = b.to(tl.int64) * index_stride + slots
-        ids = tl.load(index + at, mask=listed, other=-1)
-        rank = tl.load(ranks + at, mask=listed, other=-1)
+        ids = tl.load(index + b.to(tl.int64) * index_stride + slots, mask=listed, other=-1)
+        rank = tl.load(ranks + b.to(tl.int64) * index_stride + slots, mask=listed, other=-1)
         targets = before + rank
         filled = rank >= 0
     filled = filled & (targets < T)
