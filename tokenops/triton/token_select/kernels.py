@@ -15,6 +15,7 @@ import triton.language as tl
 # bits that one pass of the search decides. Counting costs a ballot for each bit and an addition for every 32 bins: 8 bits cost the least
 # instructions for 32 bits (measured on sm_90: 4 x 67 an element; 5 x 60 with 7 bits, 3 x 90 with 10)
 DIGIT = tl.constexpr(8)
+BINS = tl.constexpr(256)
 # how many counts a program adds up at once
 CHUNK = tl.constexpr(256)
 
@@ -62,18 +63,18 @@ def select(
     room = K
     worst = tl.full([], 0, tl.uint32)
     if SEARCH:
-        bins = tl.arange(0, 1 << DIGIT)
+        bins = tl.arange(0, BINS)
         for step in tl.static_range(BITS // DIGIT):
             shift = BITS - DIGIT * (step + 1)
-            counts = tl.zeros([1 << DIGIT], tl.int32)
+            counts = tl.zeros([BINS], tl.int32)
             for start in range(0, N, BLOCK):
                 ids = start + tl.arange(0, BLOCK)
                 key = _keys(score, ids, score_strides[1], N, protect, threshold, BITS, INFINITY, THRESHOLD)
                 counted = ids < N
                 if step > 0:
                     counted = counted & ((key >> (shift + DIGIT)) == worst)
-                digit = (key >> shift) & ((1 << DIGIT) - 1)
-                counts += tl.histogram(digit.to(tl.int32), 1 << DIGIT, mask=counted)
+                digit = (key >> shift) & (BINS - 1)
+                counts += tl.histogram(digit.to(tl.int32), BINS, mask=counted)
             above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
             here = (above < room) & (room <= above + counts)
             worst = (worst << DIGIT) | tl.sum(tl.where(here, bins, 0), 0).to(tl.uint32)
