@@ -14,7 +14,25 @@ import tokenops
 
 PACKAGE = Path(tokenops.__file__).parent
 ROOT = PACKAGE.parent
-ROOMS = {"sparse_attention", "token_select"}
+ROOMS = {"sparse_attention", "token_merge", "token_select"}
+# public names whose docstring has an example
+EXAMPLES = (
+    "sparse_attention",
+    "index_from_mask",
+    "patch_sdpa",
+    "select_tokens",
+    "halt_tokens",
+    "pack_tokens",
+    "unpack_tokens",
+    "pairwise_argmax",
+    "match_tokens",
+    "plan_from_parents",
+    "plan_from_slots",
+    "merge_schedule",
+    "merge_tokens",
+    "unmerge_tokens",
+    "soft_merge",
+)
 WINGS = ("reference", "triton")
 # what the rooms of a wing share
 SHARED = {"launch"}
@@ -90,9 +108,7 @@ def test_kernels_are_registered_in_their_own_file() -> None:
             assert text[last:].count("\n") < 12, f"{path.name}: the registration stands at the end"
 
 
-@pytest.mark.parametrize(
-    "name", ["sparse_attention", "index_from_mask", "patch_sdpa", "select_tokens", "halt_tokens", "pack_tokens", "unpack_tokens"]
-)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_in_docstrings_run(name: str) -> None:
     names = {
         "torch": torch,

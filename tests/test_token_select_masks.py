@@ -57,6 +57,20 @@ def test_an_index_from_a_mask_selects_what_the_mask_shows(device: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("max_k", [None, 0, 3, 40])
+@pytest.mark.parametrize("bounds", [[0, 9, 9, 20], [0], [0, 0], [3, 9], [0, 25]], ids=str)
+def test_a_packed_mask_gives_each_sample_its_list(bounds: list[int], max_k: int | None, device: str) -> None:
+    mask = torch.rand(25, generator=torch.Generator().manual_seed(0)) < 0.6
+    index, count = tokenops.index_from_mask(mask.to(device), max_k, cu_seqlens=torch.tensor(bounds, device=device))
+    width = 25 if max_k is None else max_k
+    assert index.shape == (len(bounds) - 1, width)
+    assert index.dtype == count.dtype == torch.int32
+    for ids, number, first, last in zip(index, count, bounds[:-1], bounds[1:], strict=True):
+        want = [n for n in range(first, last) if mask[n]][:width]
+        assert number == len(want)
+        assert ids.tolist() == want + [-1] * (width - len(want))
+
+
 def test_vmap_is_a_loop(device: str) -> None:
     masks = torch.rand(4, 19, generator=torch.Generator().manual_seed(0)).to(device) > 0.5
     assert torch.equal(torch.vmap(lambda mask: tokenops.mask_from_index(tokenops.index_from_mask(mask), 19))(masks), masks)
@@ -89,3 +103,11 @@ def test_bad_mask(mask: Tensor, max_k: int | None, error: type[Exception], messa
 def test_bad_index(index: Tensor, n: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tokenops.mask_from_index(index, n)
+
+
+def test_bad_packed_mask() -> None:
+    mask, bounds = torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match=r"mask must be \[T\] with cu_seqlens, got \[2, 3\]"):
+        tokenops.index_from_mask(mask, cu_seqlens=bounds)
+    with pytest.raises(TypeError, match=r"cu_seqlens must be int32 or int64, got torch.float32"):
+        tokenops.index_from_mask(mask[0], cu_seqlens=bounds.float())

@@ -2,6 +2,17 @@
 
 from tokenops.ops.sdpa import patch_sdpa
 from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
+from tokenops.ops.token_merge import (
+    compose_plans,
+    match_tokens,
+    merge_schedule,
+    merge_tokens,
+    pairwise_argmax,
+    plan_from_parents,
+    plan_from_slots,
+    soft_merge,
+    unmerge_tokens,
+)
 from tokenops.ops.token_select import (
     halt_tokens,
     halt_tokens_,
@@ -11,23 +22,35 @@ from tokenops.ops.token_select import (
     select_tokens,
     unpack_tokens,
 )
-from tokenops.types import Aux, HaltState, PackedTokens, TokenIndex
+from tokenops.types import Aux, HaltState, MergePlan, PackedTokens, Role, TokenIndex, Window
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aux",
     "HaltState",
+    "MergePlan",
     "PackedTokens",
+    "Role",
     "TokenIndex",
+    "Window",
+    "compose_plans",
     "halt_tokens",
     "halt_tokens_",
     "index_from_mask",
     "mask_from_index",
+    "match_tokens",
+    "merge_schedule",
+    "merge_tokens",
     "pack_tokens",
+    "pairwise_argmax",
     "patch_sdpa",
+    "plan_from_parents",
+    "plan_from_slots",
     "select_tokens",
+    "soft_merge",
     "sparse_attention",
     "sparse_attention_varlen",
+    "unmerge_tokens",
     "unpack_tokens",
 ]

@@ -125,6 +125,27 @@ class MatchProblem(NamedTuple):
     normalize: bool
 
 
+class SoftMergeProblem(NamedTuple):
+    """One call of ``soft_merge`` after the door has checked and normalised it."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides (0 included)
+    metric: Tensor  # [B, N, F]
+    meta: Tensor  # [B, M, F]
+    temperature: float | Tensor  # or a 0-d tensor on the device of x, which a GPU backend reads there
+    mass: Tensor | None  # [1|B, N] float32
+    normalize: bool
+
+
+class SoftMergeGradients(NamedTuple):
+    """Where the backward pass of ``soft_merge`` puts its results; None where no gradient is wanted. Every element must be written."""
+
+    x: Tensor | None  # [B, N, C] in x's dtype
+    metric: Tensor | None  # [B, N, F]
+    meta: Tensor | None  # [B, M, F]
+    temperature: Tensor | None  # [B] float32, each sample's part
+    mass: Tensor | None  # [B, N] float32; the door sums it down to mass's own shape
+
+
 class Role(IntEnum):
     """What a token may do in a match. Bits: 1 = may leave, 2 = may receive."""
 

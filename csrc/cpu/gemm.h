@@ -69,6 +69,16 @@ TOKENOPS_INLINE void multiply_tile(const typename Dot::Scalar* a, int64_t a_row,
   }
 }
 
+// calls f with the number of vectors as a constant
+template <class F>
+TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+  }
+}
+
 // c[r0 + r][v] += ... for a block of memory: rows in steps of the tile height, R of them at a time
 template <class Dot, int L, int V>
 TOKENOPS_INLINE void multiply_block(const typename Dot::Scalar* a, int64_t a_row, int64_t a_step, const typename Dot::Scalar* b,

@@ -108,15 +108,16 @@ void pack_steps(typename Dot::Scalar* to, int64_t to_row, const Rows<T>& rows, i
   }
 }
 
-// to[c][i]: rows into lanes, `vectors` vectors of them
+// to[c][i]: rows into lanes, `vectors` vectors of them; zeros serve widths up to 256
 template <class Dot, class T>
-void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width) {
+void pack_lanes(typename Dot::Scalar* to, int64_t vectors, const Rows<T>& rows, int64_t width, Fill fill) {
   constexpr int L = kLanes;
-  static const T zeros[256] = {};  // the widest row: a missing row reads from here
+  static const T zeros[256] = {};
+  const T* missing = fill == Fill::zeros ? zeros : rows.at(rows.count - 1);
   const int64_t scalars = width / Dot::kPerScalar, to_row = vectors * L;
   for (int64_t v = 0; v < vectors; ++v) {
     const T* from[L];
-    for (int i = 0; i < L; ++i) from[i] = v * L + i < rows.count ? rows.at(v * L + i) : zeros;
+    for (int i = 0; i < L; ++i) from[i] = v * L + i < rows.count ? rows.at(v * L + i) : missing;
     typename Dot::Scalar* column = to + v * L;
     int64_t c = 0;
     for (; c + L <= scalars; c += L) {

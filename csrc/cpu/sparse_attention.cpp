@@ -17,8 +17,6 @@ namespace tokenops {
 
 namespace {
 
-constexpr int64_t kPiecesPerThread = 4;  // of forward work, so that a thread that falls behind is helped
-
 Mask mask_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Bool) return Mask::boolean;
   switch (storage_of("attn_mask", t)) {
@@ -162,35 +160,20 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
     return done ? kOk : kNoMemory;
   }
 
-  // all blocks of all heads in a row, cut where the work is even; a thread that goes on with the same head keeps its packed keys
-  struct Head {
-    int64_t sequence, kv_head, blocks, cost;  // cost of a block
-  };
-  std::vector<Head> heads;
-  std::vector<int64_t> before{0};
+  // a thread that goes on with the same head keeps its packed keys
+  BlockRow heads;
   for (int64_t s = 0; s < p.sequences; ++s)
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       int64_t blocks = 0;
       for (int64_t g = 0; g < p.group(); ++g) blocks += loops.query_blocks(p.queries.at(s, h * p.group() + g).count);
-      heads.push_back({s, h, blocks, p.keys.at(s, h).count + 16});
-      before.push_back(before.back() + blocks * heads.back().cost);
+      heads.add(blocks, p.keys.at(s, h).count + 16);
     }
-  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), before.back());
-  const auto place = [&](int64_t piece) {  // the block that starts a piece: (head, block)
-    const int64_t at = static_cast<int64_t>(static_cast<__int128>(before.back()) * piece / pieces);
-    const int64_t i = std::upper_bound(before.begin(), before.end(), at) - before.begin() - 1;
-    return i == static_cast<int64_t>(heads.size()) ? std::pair<int64_t, int64_t>(i, 0)
-                                                   : std::pair<int64_t, int64_t>(i, (at - before[i]) / heads[i].cost);
-  };
+  const int64_t pieces = std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), heads.work());
   const bool done = run_parallel(pieces, scratch_bytes, [&](int64_t piece, Lease& lease) {
-    const auto [first, first_block] = place(piece);
-    const auto [last, last_block] = place(piece + 1);
-    for (int64_t i = first; i < static_cast<int64_t>(heads.size()) && i <= last; ++i) {
-      const int64_t from = i == first ? first_block : 0, to = i == last ? last_block : heads[i].blocks;
-      if (from == to) continue;
-      loops.forward(p, heads[i].sequence, heads[i].kv_head, from, to, lease.holds == i, lease.memory);
+    heads.for_piece(piece, pieces, [&](int64_t i, int64_t from, int64_t to) {
+      loops.forward(p, i / p.kv_heads, i % p.kv_heads, from, to, lease.holds == i, lease.memory);
       lease.holds = i;
-    }
+    });
   });
   return done ? kOk : kNoMemory;
 }

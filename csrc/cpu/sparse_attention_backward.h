@@ -69,8 +69,8 @@ struct BackwardBlock {
     const float scale = p.scale * kLog2e;
     const Rows<T> query_rows = rows_of<T>(p.query, s, h, queries.row + first, count);
     const Rows<T> grad_rows = rows_of<T>(p.grad_out, s, h, queries.slot + first, count);
-    pack_lanes<Dot>(query, V, query_rows, p.width);
-    pack_lanes<Dot>(grad_out, V, grad_rows, p.value_width);
+    pack_lanes<Dot>(query, V, query_rows, p.width, Fill::zeros);
+    pack_lanes<Dot>(grad_out, V, grad_rows, p.value_width, Fill::zeros);
     pack_steps<Dot>(query_steps, columns, query_rows, lanes, p.width);
     pack_steps<Dot>(grad_out_steps, value_columns, grad_rows, lanes, p.value_width);
     memset(grad_query, 0, p.width * lanes * sizeof(float));

@@ -41,7 +41,7 @@ struct ForwardBlock {
     const int64_t scalars = p.width / Dot::kPerScalar, padded = round_up(keys.count, kTileRows);
     const float scale = p.scale * kLog2e;
     const bool want_squares = p.row_sq != nullptr;
-    pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row + first, last - first), p.width);
+    pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row + first, last - first), p.width, Fill::zeros);
     memset(sums, 0, p.value_width * lanes * sizeof(float));
     VecF<L> top[V], total[V], squares[V];
     for (int v = 0; v < V; ++v) top[v] = splat<L>(kLowest), total[v] = squares[v] = VecF<L>{};

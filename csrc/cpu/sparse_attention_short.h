@@ -85,7 +85,7 @@ struct ShortHead {
     const RowList &queries = p.queries.at(s, h), &keys = p.keys.at(s, kv_head);
     const int64_t scalars = p.width / Dot::kPerScalar, count = queries.count, padded = round_up(keys.count, kTileRows);
     const float scale = p.scale * kLog2e;
-    pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row, count), p.width);
+    pack_lanes<Dot>(query, V, rows_of<T>(p.query, s, h, queries.row, count), p.width, Fill::zeros);
 
     const Rows<T> k_rows = rows_of<T>(p.key, s, kv_head, keys.row, keys.count),
                   v_rows = rows_of<T>(p.value, s, kv_head, keys.row, keys.count);

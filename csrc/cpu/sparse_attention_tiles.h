@@ -14,23 +14,12 @@ namespace {
 
 constexpr int L = kLanes;
 constexpr int64_t kKeyBlock = 96;  // flat from 48 to 128; a multiple of every tile height and of a bf16 pair
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_inff();
 constexpr float kLazy = 8.f;
 
 int64_t query_vectors(int64_t queries) { return (queries + L - 1) / L; }
 // at least one block, so that a list without rows still gets its empty slots written
 int64_t query_blocks(int64_t queries) { return queries ? (query_vectors(queries) + kTileVectors - 1) / kTileVectors : 1; }
-
-// log2 for finite x >= 0.5 by two Halley steps from the exponent and the raw mantissa (error 0.09): cubic, then at float precision
-VecF<L> log2(VecF<L> x) {
-  VecF<L> y = __builtin_convertvector((VecI<L>)x - 0x3f800000, VecF<L>) * 0x1p-23f;
-  for (int i = 0; i < 2; ++i) {
-    VecF<L> ratio = x * exp2<L, 5>(-y);
-    y += 2.f * kLog2e * (ratio - 1.f) / (ratio + 1.f);
-  }
-  return y;
-}
 
 // natural units to units of log2; a finite bias stays finite, so that a row of the lowest float is not an empty row
 TOKENOPS_INLINE float to_log2(float bias) {
@@ -168,7 +157,7 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
     const VecF<L> by = total[v] == 0.f ? VecF<L>{} : 1.f / total[v];
     store<L>(inverse + v * L, by);
     // what to_log2 clamped to the lowest float stays the lowest float; a sum that is NaN stays NaN
-    const VecF<L> natural = (top[v] == kLowest) & (total[v] == total[v]) ? top[v] : (top[v] + log2(total[v])) * kLn2;
+    const VecF<L> natural = (top[v] == kLowest) & (total[v] == total[v]) ? top[v] : (top[v] + log2<L>(total[v])) * kLn2;
     store<L>(lse + v * L, total[v] == 0.f ? splat<L>(-kInfinity) : natural);
     store<L>(row_sq + v * L, squares[v] * by * by);
   }
@@ -177,16 +166,6 @@ TOKENOPS_INLINE void write_statistics(const SparseAttention& p, int64_t s, int64
   for (int64_t i = 0; i < last - first; ++i) p.lse[at + slot[i]] = lse[i];
   if (p.row_sq)
     for (int64_t i = 0; i < last - first; ++i) p.row_sq[at + slot[i]] = row_sq[i];
-}
-
-// calls f with the number of vectors as a constant
-template <class F>
-TOKENOPS_INLINE void with_vectors(int64_t vectors, F&& f) {
-  switch (vectors) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-  }
 }
 
 // calls f(query head, first query, last query) for the blocks [first_block, last_block) of a head, counted through its group

@@ -3,11 +3,16 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
 #include <atomic>
+#include <utility>
+#include <vector>
 
 #include "../tensors.h"
 
 namespace tokenops {
+
+constexpr int64_t kPiecesPerThread = 4;  // so that a thread that falls behind is helped
 
 // Memory that a thread keeps from call to call: fresh pages would be faulted in on every call. Large blocks are given back.
 class Scratch {
@@ -65,5 +70,40 @@ bool run_parallel(int64_t count, int64_t scratch_bytes, const Work& work) {
   });
   return enough_memory;
 }
+
+// The blocks of many items (heads, samples) in a row, to be cut into pieces of even work. Blocks of an item cost the same.
+class BlockRow {
+ public:
+  void add(int64_t blocks, int64_t cost) {
+    items_.push_back({blocks, cost});
+    before_.push_back(before_.back() + blocks * cost);
+  }
+  int64_t work() const { return before_.back(); }
+
+  // calls f(item, first block, last block) for what belongs to one of that many pieces
+  template <class F>
+  void for_piece(int64_t piece, int64_t pieces, const F& f) const {
+    const auto [first, first_block] = start_of(piece, pieces);
+    const auto [last, last_block] = start_of(piece + 1, pieces);
+    const int64_t items = static_cast<int64_t>(items_.size());
+    for (int64_t i = first; i < items && i <= last; ++i) {
+      const int64_t from = i == first ? first_block : 0, to = i == last ? last_block : items_[i].blocks;
+      if (from < to) f(i, from, to);
+    }
+  }
+
+ private:
+  struct Item {
+    int64_t blocks, cost;
+  };
+  std::pair<int64_t, int64_t> start_of(int64_t piece, int64_t pieces) const {
+    const int64_t at = static_cast<int64_t>(static_cast<__int128>(work()) * piece / pieces);
+    const int64_t i = std::upper_bound(before_.begin(), before_.end(), at) - before_.begin() - 1;
+    return {i, i == static_cast<int64_t>(items_.size()) ? 0 : (at - before_[i]) / items_[i].cost};
+  }
+
+  std::vector<Item> items_;
+  std::vector<int64_t> before_{0};
+};
 
 }  // namespace tokenops

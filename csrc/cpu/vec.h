@@ -252,15 +252,17 @@ TOKENOPS_INLINE bool any_greater(V a, V b) {
   for (int i = 0; i < (int)(sizeof(V) / 4); ++i) any |= greater[i] != 0;
   return any;
 }
+template <class V, int... i>
+TOKENOPS_INLINE auto add_halves(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, i...) + __builtin_shufflevector(v, v, (i + (int)sizeof...(i))...);
+}
+// halving, in a fixed order: the same bits on every call
 template <class V>
 TOKENOPS_INLINE float sum_lanes(V v) {
-  // halving, in a fixed order: the same bits on every call
-  constexpr int L = sizeof(V) / 4;
-  float part[L];
-  memcpy(part, &v, sizeof(V));
-  for (int half = L / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  if constexpr (sizeof(V) == 8)
+    return v[0] + v[1];
+  else
+    return sum_lanes(add_halves(v, std::make_integer_sequence<int, sizeof(V) / 8>{}));
 }
 
 // 2^x: x = n + r with |r| <= 1/2, 2^r by a minimax polynomial (Remez, relative error 7.5e-8 at degree 5, 7.5e-5 at degree 3;
@@ -299,6 +301,19 @@ TOKENOPS_INLINE VecF<L> exp2(VecF<L> x) {
   VecI<L> exponent = (__builtin_convertvector(n, VecI<L>) + 127) << 23;
   VecF<L> scaled = y * (VecF<L>)exponent;
   return x < -126.f ? VecF<L>{} : scaled;
+}
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// log2 for finite x >= 0.5 by two Halley steps from the exponent and the raw mantissa (error 0.09): cubic, then at float precision
+template <int L>
+TOKENOPS_INLINE VecF<L> log2(VecF<L> x) {
+  VecF<L> y = __builtin_convertvector((VecI<L>)x - 0x3f800000, VecF<L>) * 0x1p-23f;
+  for (int i = 0; i < 2; ++i) {
+    VecF<L> ratio = x * exp2<L, 5>(-y);
+    y += 2.f * kLog2e * (ratio - 1.f) / (ratio + 1.f);
+  }
+  return y;
 }
 
 // Shuffles of a transpose, each one cheap instruction: units of kUnit floats of a and b alternate within every 128 bits, from their

@@ -1,6 +1,6 @@
 """Choosing, halting and packing tokens: the executable specification.
 
-``selection``, ``halting``, ``packing`` and ``unpacking`` are the definitions, differentiable but for the first, halting in float64 if asked.
+``selection``, ``halting``, ``packing`` and ``unpacking`` are the definitions, differentiable but for the first; halting takes float64 too.
 ``select``, ``halt``, ``halt_backward``, ``pack`` and ``unpack`` serve them as a backend. Beside them stand the checks of contents, example
 inputs, and what a call must move at least. Nothing here waits for the device but the checks. Letters: L lists, B samples, G grids (B, or 1
 that all lists share), N tokens, K slots of a list, T packed rows, C channels, W elements of a row.
@@ -22,6 +22,8 @@ def selection(score: Tensor, k: int, threshold: float | None, protect: int) -> T
 
     The first ``protect`` tokens come before all others, whatever their score. Of equal scores the lowest id wins; NaN is worse than -inf.
     """
+    # torch would round the threshold to a half type
+    score = score if score.dtype == torch.float64 else score.float()
     rows = score.shape[1]
     ids = torch.arange(rows, device=score.device)
     protected = ids < protect

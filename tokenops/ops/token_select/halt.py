@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,8 +197,9 @@ def _in_place(x: Tensor, *arguments: Any) -> None:
     *given, backend = arguments
     problem = _problem(x, *given)
     assert problem.state is not None
-    for at, (name, target) in enumerate(zip(HaltState._fields, problem.state, strict=True)):
-        check_overlap(f"state.{name}", target, {"x": x, **dict(zip(HaltState._fields[:at], problem.state[:at], strict=True))})
+    state = {f"state.{name}": target for name, target in problem.state._asdict().items()}
+    for at, (name, target) in enumerate(state.items()):
+        check_overlap(name, target, {"x": x, **dict(list(state.items())[:at])})
     _serve(problem, problem.state, backend)
 
 
@@ -274,6 +276,28 @@ def _differentiate(
     return tuple(grad if need else None for grad, need in zip(results, needs, strict=True))
 
 
+def _folded(in_dims: tuple[int | None, ...], size: int, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments with the mapped dimension folded into the batch."""
+
+    def fold(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    return [fold(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
+
+
+def _vmap(operator: str, bounds_at: int, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    if arguments[bounds_at] is not None:
+        raise NotImplementedError(f"{operator}: no vmap over packed rows; they hold several samples already")
+    results = getattr(torch.ops.tokenops, operator).default(*_folded(in_dims, info.batch_size, arguments))
+    # an empty tensor stands for a gradient that is not wanted
+    dims = tuple(0 if x.dim() > 1 else None for x in results)
+    results = tuple(x if dim is None else x.unflatten(0, (info.batch_size, -1)) for x, dim in zip(results, dims, strict=True))
+    return results, dims
+
+
 def _refuse_double_backward(*_: Any) -> None:
     raise RuntimeError("halt_tokens cannot be differentiated twice: its backward pass has no gradient formula")
 
@@ -287,3 +311,5 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"tokenops::{_name}", _fake, lib=_library)
 torch.library.register_autograd("tokenops::halt_tokens", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("tokenops::halt_tokens_backward", _refuse_double_backward, lib=_library)
+torch.library.register_vmap("tokenops::halt_tokens", partial(_vmap, "halt_tokens", 7), lib=_library)
+torch.library.register_vmap("tokenops::halt_tokens_backward", partial(_vmap, "halt_tokens_backward", 8), lib=_library)

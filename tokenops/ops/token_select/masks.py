@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import check_tensor
+from tokenops.ops.arguments import as_bounds, check_tensor
 from tokenops.types import TokenIndex
 
 
-def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
+def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tensor | None = None) -> TokenIndex:
     """The True positions of each row as an ascending list, filled up with -1.
 
     Args:
-        mask: [N], [B, N] or [B, H, N] bool.
-        max_k: width K of the lists, default N. Positions beyond it are dropped, the last ones first. The width does not depend on the
-            contents, so nothing waits for the device.
+        mask: [N], [B, N] or [B, H, N] bool; or packed, [T] with cu_seqlens.
+        max_k: width K of the lists, default N (or T). Positions beyond it are dropped, the last ones first. The width does not depend on
+            the contents, so nothing waits for the device.
+        cu_seqlens: [B + 1] int32 (int64 accepted): sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1] of a packed mask, and gets a list
+            of its own, [B, K], of ids of packed rows.
 
     Returns:
         TokenIndex of index [..., K] and count [...], both int32.
@@ -27,12 +29,20 @@ def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if cu_seqlens is not None and mask.dim() != 1:
+        raise ValueError(f"mask must be [T] with cu_seqlens, got {list(mask.shape)}")
     if not 1 <= mask.dim() <= 3:
         raise ValueError(f"mask must be [N] | [B, N] | [B, H, N], got {list(mask.shape)}")
-    rows = mask.shape[-1]
-    width = rows if max_k is None else max_k
+    width = mask.shape[-1] if max_k is None else max_k
     if width < 0:
         raise ValueError(f"max_k must not be negative, got {max_k}")
+    if cu_seqlens is not None:
+        return _of_packed(mask, as_bounds("cu_seqlens", cu_seqlens, "mask", mask), width)
+    return _of_rows(mask, width)
+
+
+def _of_rows(mask: Tensor, width: int) -> TokenIndex:
+    rows = mask.shape[-1]
     ids = torch.arange(rows, dtype=torch.int32, device=mask.device)
     # a row that is left out sorts behind all others
     index = torch.where(mask, ids, rows).sort(-1).values[..., :width]
@@ -40,6 +50,17 @@ def index_from_mask(mask: Tensor, max_k: int | None = None) -> TokenIndex:
     if width > rows:
         index = torch.nn.functional.pad(index, (0, width - rows), value=-1)
     return TokenIndex(index.to(torch.int32), mask.sum(-1, dtype=torch.int32).clamp(max=width))
+
+
+def _of_packed(mask: Tensor, cu_seqlens: Tensor, width: int) -> TokenIndex:
+    # all kept rows in a row: each sample's list is a stretch of them
+    kept = _of_rows(mask, mask.shape[0] + 1).index
+    before = torch.nn.functional.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
+    bounds = before[cu_seqlens.clamp(0, mask.shape[0])]
+    count = bounds.diff().clamp(0, width)
+    slot = torch.arange(width, dtype=torch.int32, device=mask.device)
+    index = kept[(bounds[:-1, None] + slot).clamp(max=mask.shape[0])]
+    return TokenIndex(torch.where(slot < count[:, None], index, -1), count)
 
 
 def mask_from_index(index: Tensor | TokenIndex, n: int) -> Tensor:
