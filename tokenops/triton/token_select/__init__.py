@@ -33,6 +33,8 @@ def objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bo
     reasons = device_objections(name, x)
     if computes and x.dtype not in FLOATS:
         reasons.append(f"computes with float32, bfloat16 and float16, got {x.dtype}")
+    if isinstance(problem, HaltProblem) and problem.state is not None and not _is_dense(problem.state.out):
+        reasons.append(f"state.out must have a dense last dimension, got strides {problem.state.out.stride()}")
     if x.element_size() not in INTEGERS:
         reasons.append(f"moves elements of 1, 2, 4 or 8 bytes, got {x.dtype}")
     return reasons
@@ -91,8 +93,8 @@ def halt(problem: HaltProblem, new: HaltState) -> None:
         **new_vectors,
         out=out,
         new_out=new.out,
-        state_strides=_sample_strides(*vectors.values()),
-        new_strides=_sample_strides(*new_vectors.values()),
+        state_strides=tuple(map(_row_strides, vectors.values())),
+        new_strides=tuple(map(_row_strides, new_vectors.values())),
         out_strides=_row_strides(out),
         new_out_strides=_row_strides(new.out),
         IN_PLACE=in_place,
@@ -112,7 +114,6 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
         "cum": problem.cum,
         "new_grad_remain": grad_remain,
     }
-    vectors = {name: None if vector is None else _dense(vector) for name, vector in vectors.items()}
     _launch_halt(
         kernels.halt_backward,
         problem,
@@ -121,7 +122,7 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
         **vectors,
         grad_out=problem.grad_out,
         new_grad_x=grad_x,
-        row_strides=_sample_strides(*vectors.values()),
+        row_strides=tuple(map(_row_strides, vectors.values())),
         grad_out_strides=_row_strides(problem.grad_out),
         grad_x_strides=_row_strides(grad_x),
     )
@@ -185,7 +186,7 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
         tokens=tokens,
         cu_seqlens=cu_seqlens,
         x_strides=_row_strides(x),
-        index_stride=_sample_strides(index)[0],
+        index_stride=_list_stride(index),
         counts_stride=0 if count.shape[0] == 1 else count.stride(0),
         tokens_stride=tokens.stride(0),
         N=rows,
@@ -248,8 +249,8 @@ def _launch_scan(
         ranks=ranks,
         counts=counts,
         source=source,
-        index_stride=_sample_strides(index)[0],
-        source_stride=_sample_strides(source)[0],
+        index_stride=_list_stride(index),
+        source_stride=_list_stride(source),
         N=rows,
         K=slots,
         BLOCK=block,
@@ -301,19 +302,15 @@ def _as_bytes(tensor: Tensor | None) -> Tensor | None:
     return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
 
 
-def _dense(vector: Tensor) -> Tensor:
-    """Last dimension dense. Copies only what an expand made: the gradient of a sum."""
-    return vector if vector.stride(-1) == 1 or vector.shape[-1] == 1 else vector.contiguous()
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
 
 
-def _sample_strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """First strides; 0 where one serves all, and for None."""
-    return tuple(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in tensors)
+def _list_stride(index: Tensor | None) -> int:
+    """Of [1|B, K]: 0 where one list serves all samples."""
+    return 0 if index is None or index.shape[0] == 1 else index.stride(0)
 
 
 def _row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Of [B, N, C] the first two strides, under which one grid serves all samples; of [S, C] the first, twice."""
-    if tensor is None:
-        return 0, 0
-    first = 0 if tensor.shape[0] == 1 else tensor.stride(0)
-    return first, tensor.stride(1) if tensor.dim() == 3 else first
+    """Of [B, N, ...] the first two, under which one sample serves all; of [S, C], too, the first is a sample's."""
+    return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))

@@ -139,21 +139,26 @@ def _inside(rows, cu_seqlens, sequences, N):
 
 
 @triton.jit
-def _of_rows(pointer, b, stride, rows, exists, initial):
+def _of_rows(pointer, b, strides, rows, exists, initial):
     """A value of every row of a sample; without a tensor the initial one."""
     if pointer is None:
         return tl.zeros_like(rows).to(tl.float32) + initial
     else:
-        return tl.load(pointer + b * stride + rows, mask=exists, other=0.0)
+        return tl.load(pointer + b * strides[0] + rows.to(tl.int64) * strides[1], mask=exists, other=0.0)
 
 
 @triton.jit
-def _active(pointer, b, stride, rows, inside):
+def _active(pointer, b, strides, rows, inside):
     """Which rows of a sample take part in the step; without a tensor all of them."""
     if pointer is None:
         return inside
     else:
-        return inside & (tl.load(pointer + b * stride + rows, mask=inside, other=0) != 0)
+        return inside & (tl.load(pointer + b * strides[0] + rows.to(tl.int64) * strides[1], mask=inside, other=0) != 0)
+
+
+@triton.jit
+def _store_of_rows(pointer, b, strides, rows, exists, value):
+    tl.store(pointer + b * strides[0] + rows.to(tl.int64) * strides[1], value, mask=exists)
 
 
 @triton.jit
@@ -183,7 +188,7 @@ def halt(
     new_out,  # [B, N, C]; or [S, C], which holds the old output already
     cu_seqlens,  # [sequences + 1] int32 or None
     x_strides,
-    state_strides,  # of each sample, in the order of the arguments
+    state_strides,  # of sample and row, of the [B, N] in the order of the arguments
     out_strides,
     new_strides,
     new_out_strides,
@@ -221,12 +226,12 @@ def halt(
     if IN_PLACE:
         # several threads hold the same row: all of them must have read it
         tl.debug_barrier()
-    tl.store(new_cum + b * new_strides[0] + rows, total, mask=exists)
-    tl.store(new_remain + b * new_strides[1] + rows, old_remain - tl.where(going, h, 0.0), mask=exists)
-    tl.store(new_active + b * new_strides[2] + rows, going.to(tl.uint8), mask=exists)
+    _store_of_rows(new_cum, b, new_strides[0], rows, exists, total)
+    _store_of_rows(new_remain, b, new_strides[1], rows, exists, old_remain - tl.where(going, h, 0.0))
+    _store_of_rows(new_active, b, new_strides[2], rows, exists, going.to(tl.uint8))
     spent = tl.where(was, 1.0, 0.0) + tl.where(reached, old_remain, 0.0)
-    tl.store(new_rho + b * new_strides[3] + rows, old_rho + spent, mask=exists)
-    tl.store(new_counter + b * new_strides[4] + rows, old_counter + tl.where(going, 1.0, 0.0), mask=exists)
+    _store_of_rows(new_rho, b, new_strides[3], rows, exists, old_rho + spent)
+    _store_of_rows(new_counter, b, new_strides[4], rows, exists, old_counter + tl.where(going, 1.0, 0.0))
 
     if CLASS:
         first, sample = _first_rows(rows, b, cu_seqlens, sequences, steps)
@@ -267,7 +272,7 @@ def halt_backward(
     new_grad_remain,  # [B, N] float32 or None
     cu_seqlens,
     x_strides,
-    row_strides,  # of each sample, of the [B, N] in the order of the arguments
+    row_strides,  # of sample and row, of the [B, N] in the order of the arguments
     grad_out_strides,
     grad_x_strides,
     scale,
@@ -291,7 +296,7 @@ def halt_backward(
     inside = _inside(rows, cu_seqlens, sequences, N)
     h = _gate(x, rows, x_strides[1], inside, scale, center, LAST)
     was = _active(active, b, row_strides[4], rows, inside)
-    total = tl.load(cum + b * row_strides[5] + rows, mask=exists, other=0.0)
+    total = _of_rows(cum, b, row_strides[5], rows, exists, 0.0)
     reached = (total > limit) & was
     going = (total < limit) & inside
     taking = was & (reached | going)
@@ -322,7 +327,7 @@ def halt_backward(
     if new_grad_remain is not None:
         of_rho = _of_rows(grad_rho, b, row_strides[2], rows, exists, 0.0)
         of_old = of_remain + tl.where(reached, of_rho + grad_weight, 0.0)
-        tl.store(new_grad_remain + b * row_strides[6] + rows, of_old, mask=exists)
+        _store_of_rows(new_grad_remain, b, row_strides[6], rows, exists, of_old)
     if new_grad_x is not None:
         if not LAST:
             of_h = _of_rows(grad_cum, b, row_strides[0], rows, exists, 0.0) - tl.where(going, of_remain, 0.0)
