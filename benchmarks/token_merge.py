@@ -124,8 +124,8 @@ def _match_merge(case: Case, inputs: Inputs, request: Request) -> Trial:
     def run(backend: str | None) -> Callable[[], Results]:
         def match_merge(tokens: Tensor, metric: Tensor, size: Tensor) -> Results:
             plan = tokenops.match_tokens(metric, **limits, backend=backend)
-            rows = tokenops.merge_tokens(tokens, plan, size=size, backend=backend)
-            return rows, tokenops.merge_tokens(size, plan, mode="sum", backend=backend), plan.slot
+            rows, new_size = tokenops.merge_tokens(tokens, plan, size=size, return_size=True, backend=backend)
+            return rows, new_size, plan.slot
 
         return bind(match_merge, inputs, (), differentiate=False)
 

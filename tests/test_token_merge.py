@@ -350,18 +350,29 @@ def test_sizes_have_many_forms(form: str, backend: str, device: str) -> None:
     if form in ("N", "1N"):
         size = size[:1].expand(2, -1)
     given = {"B1": size, "N": size[0], "1N": size[:1], "BN1": size[..., None]}[form].clone().requires_grad_()
-    out = tokenops.merge_tokens(x, plan, size=given, backend=backend)
+    out, out_size = tokenops.merge_tokens(x, plan, size=given, return_size=True, backend=backend)
     double = given.detach().double().requires_grad_()
-    flat = double.squeeze(-1) if form == "BN1" else double
-    want = merged(x.cpu(), on(plan, "cpu"), flat.expand(2, -1).cpu(), "mean")
+    flat = (double.squeeze(-1) if form == "BN1" else double).expand(2, -1)
+    want = merged(x.cpu(), on(plan, "cpu"), flat.cpu(), "mean")
+    want_size = merged(flat[..., None].cpu(), on(plan, "cpu"), None, "sum")
+    want_size = want_size if form == "BN1" else want_size.squeeze(-1)
     assert_close("out", out, want, torch.float32)
-    grad_out = normal(*want.shape)
+    assert_close("sizes", out_size, want_size, torch.float32)
+    grads = normal(*want.shape), normal(*want_size.shape, seed=1)
     assert_close(
         "gradient of size",
-        torch.autograd.grad(out, given, grad_out.to(device))[0],
-        torch.autograd.grad(want, double, grad_out.double())[0],
+        torch.autograd.grad((out, out_size), given, [grad.to(device) for grad in grads])[0],
+        torch.autograd.grad((want, want_size), double, [grad.double() for grad in grads])[0],
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("mode", ["mean", "amax", "drop"])
+def test_sizes_begin_with_ones(mode: str, backend: str, device: str) -> None:
+    plan = random_plan(2, 20, 11, device)
+    out, size = tokenops.merge_tokens(normal(2, 20, 8).to(device), plan, mode=mode, return_size=True, backend=backend)
+    assert out.shape == (2, 11, 8)
+    assert torch.equal(size, tokenops.merge_tokens(torch.ones(2, 20, device=device), plan, mode="sum", backend=backend))
 
 
 @pytest.mark.parametrize("shape", [(2, 20), (2, 20, 3, 5), (2, 20, 0)], ids=str)

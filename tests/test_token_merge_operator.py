@@ -53,11 +53,11 @@ def calls(device: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "match by roles": ("match_tokens", (metric, role, False, False, place, -1, 1, 2, 0, sizes(device), None, None, 0.1, True, 12)),
         "plan": ("plan_tokens", (torch.arange(12, dtype=torch.int32, device=device)[None] // 3 * 3, False, 9)),
         "plan of slots": ("plan_tokens", (plan[0], True, 7)),
-        "mean": ("merge_tokens", (x, *plan, None, "mean")),
-        "weighted": ("merge_tokens", (x, *shared, sizes(device), "mean")),
-        "shared sizes": ("merge_tokens", (x, *plan, sizes(device)[:1], "mean")),
-        "amax": ("merge_tokens", (x, *plan, None, "amax")),
-        "drop": ("merge_tokens", (x, *plan, None, "drop")),
+        "mean": ("merge_tokens", (x, *plan, None, "mean", False)),
+        "weighted": ("merge_tokens", (x, *shared, sizes(device), "mean", True)),
+        "shared sizes": ("merge_tokens", (x, *plan, sizes(device)[:1], "mean", True)),
+        "amax": ("merge_tokens", (x, *plan, None, "amax", True)),
+        "drop": ("merge_tokens", (x, *plan, None, "drop", False)),
         "unmerge": ("unmerge_tokens", (x[:, :7], *plan, "copy")),
         "soft": ("soft_merge", (x, metric, meta, None, 0.3, sizes(device), True)),
         "soft, learned": ("soft_merge", (x, metric, meta, temperature, 1.0, None, False)),
@@ -87,8 +87,8 @@ def test_operators_pass_opcheck(name: str, backend: str, device: str) -> None:
 @pytest.mark.parametrize("name", ["mean", "weighted", "shared sizes", "amax", "drop"])
 def test_backward_of_merging_passes_opcheck(name: str, wanted: list[bool], device: str) -> None:
     _, arguments = calls(device)[name]
-    x, *plan, size, mode = arguments
-    out = ops.merge_tokens.default(*arguments, None)
+    x, *plan, size, mode, _ = arguments
+    out, _ = ops.merge_tokens.default(*arguments, None)
     opcheck(ops.merge_tokens_backward.default, (torch.randn_like(out), x, out, *plan, size, mode, wanted, None))
 
 
@@ -154,8 +154,7 @@ def layer(x: Tensor, weight: Tensor, meta: Tensor, temperature: Tensor, second: 
     for options in ({"r": 4}, {"ratio": 0.25} if second == "ratio" else {"r": 3}):
         x = torch.tanh(x @ weight)
         plan = tokenops.match_tokens(x, class_token=True, **options)
-        x = tokenops.merge_tokens(x, plan, size=size)
-        size = tokenops.merge_tokens(size, plan, mode="sum")
+        x, size = tokenops.merge_tokens(x, plan, size=size, return_size=True)
         plans.append(plan)
     whole = tokenops.compose_plans(*plans)
     merged, mass = tokenops.soft_merge(x, x @ weight, meta, temperature=temperature, mass=size)
@@ -226,7 +225,7 @@ def test_exported_program_is_saved_and_loaded(device: str) -> None:
     program = torch.export.export(Layer(), layer_inputs(24, device), dynamic_shapes=shapes)
     # the graph holds the operators themselves, and no choice of a backend
     made = [node for node in program.graph.nodes if node.target in (ops.match_tokens.default, ops.merge_tokens.default)]
-    assert [node.args[-1] for node in made] == [None] * 6
+    assert [node.args[-1] for node in made] == [None] * 4
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
