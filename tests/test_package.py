@@ -316,6 +316,28 @@ def test_readme_example_of_merging_runs() -> None:
     torch.testing.assert_close(names["out"], tokenops.sparse_attention(query, key, value, kv_bias=names["size"].log()))
 
 
+def test_readme_example_of_selecting_runs() -> None:
+    score, tokens = torch.rand(2, 500), torch.randn(2, 500, 24)
+    names = {"score": score, "tokens": tokens, "layer": torch.nn.Identity()}
+    exec("import tokenops\n" + readme_example("select_tokens"), names)
+    kept = torch.zeros(2, 500, dtype=torch.bool).scatter(1, score[:, 1:].topk(391).indices + 1, True)
+    kept[:, 0] = True
+    torch.testing.assert_close(names["grid"], tokens * kept[..., None], rtol=0.0, atol=0.0)
+    first = torch.sigmoid(10.0 * tokens[..., 0])
+    assert names["active"].count.tolist() == (first < 0.99).sum(-1).tolist()
+    # the weights of a token sum to 1, and it was the same in both steps
+    torch.testing.assert_close(names["state"].out, tokens)
+
+
+def test_readme_says_in_which_room_a_function_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for room in ("sparse_attention", "token_merge", "token_select"):
+        (row,) = re.findall(rf"^\| `{room}` \| (.*) \|$", readme, re.MULTILINE)
+        listed = re.findall(r"`(\w+)`", row)
+        public = [name for name in tokenops.__all__ if getattr(tokenops, name).__module__.startswith(f"tokenops.ops.{room}")]
+        assert sorted(listed) == sorted(public)
+
+
 def test_readme_lists_every_environment_variable() -> None:
     readme = (ROOT / "README.md").read_text()
     files = [ROOT / "setup.py", *(ROOT / "tokenops").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]

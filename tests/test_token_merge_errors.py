@@ -115,12 +115,22 @@ MATCHES: Bad = {
     "threshold NaN": ({"r": None, "threshold": float("nan")}, ValueError, "threshold must be a number, got NaN"),
     "unknown scheme": ({"scheme": "tome"}, ValueError, "scheme must be a Tensor of roles or one of 'bipartite', 'kth'.*, got 'tome'"),
     "kth without k": ({"r": None, "scheme": "kth"}, ValueError, "k must be at least 1 in scheme 'kth', got None"),
-    "kth with r": ({"scheme": "kth", "k": 2}, ValueError, "none of r, ratio and threshold must be given in scheme 'kth', got r"),
+    "kth with r": ({"scheme": "kth", "k": 2}, ValueError, "^none of r, ratio and threshold must be given in scheme 'kth', got r"),
     "kth with a class token": (
         {"r": None, "scheme": "kth", "k": 2, "class_token": True},
         ValueError,
         "class_token and distill_token must be",
     ),
+    "k that is no int": ({"r": None, "scheme": "kth", "k": 2.0}, TypeError, "k must be an int, got float"),
+    "roles without an amount": (
+        {"ratio": 0.5, "scheme": torch.zeros(20).int()},
+        ValueError,
+        "^at most one of r or ratio or threshold must be given in a scheme of roles, got r, ratio",
+    ),
+    "schemes": ({"scheme": ["kth"]}, ValueError, r"scheme must be a Tensor of roles or one of .*, got \['kth'\]"),
+    "cell of one number": ({"scheme": "grid", "grid": (4, 5), "cell": 2}, ValueError, r"cell must be \(sy, sx\), .* got 2"),
+    "grid of one number": ({"scheme": "grid", "grid": 20, "cell": (2, 2)}, ValueError, r"grid must be \(height, width\) .* got 20"),
+    "grid of floats": ({"locality": "frame", "grid": (4.0, 5.0)}, ValueError, r"grid must be \(height, width\) .* got \(4.0, 5.0\)"),
     "k elsewhere": ({"k": 2}, ValueError, "k must be left out unless scheme is 'kth', got 2"),
     "random by threshold": (
         {"r": None, "threshold": 0.5, "scheme": "random"},
@@ -221,11 +231,11 @@ def test_match_tokens_refuses_contents(name: str, backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("role", [-3, 5, 9, 300])
-def test_a_role_must_exist(role: int) -> None:
-    roles = torch.full((20,), int(Role.STAY))
+def test_a_role_must_exist(role: int, backend: str, device: str) -> None:
+    roles = torch.full((20,), int(Role.STAY), device=device)
     roles[7] = role
     with pytest.raises(ValueError, match=r"scheme must hold roles in \[0, 4\], got -?\d at position \[0, 7\]"):
-        tokenops.match_tokens(METRIC, scheme=roles, backend="reference")
+        tokenops.match_tokens(METRIC.to(device), scheme=roles, backend=backend)
 
 
 def test_a_protected_token_may_hold_anything(backend: str, device: str) -> None:
@@ -289,6 +299,7 @@ def test_compose_refuses() -> None:
         (-3, 2, r"r must not be negative in any layer, got \[-3, -3\]"),
         ([1, 2, 3], 2, "r must have at most 2 numbers, one for each layer, got 3"),
         ((4, 2.0), 3, "r must not be negative in any layer"),
+        ((4, -2), 3, r"r must not be negative in any layer, got \[4, -2, 0\]"),
     ],
     ids=str,
 )
@@ -305,6 +316,19 @@ MERGES: Bad = {
     "plan for another N": ({"x": X[:, :19]}, ValueError, r"x must have the plan's 20 tokens, got \[2, 19, 6\]"),
     "plan for another batch": ({"x": X[:1].repeat(3, 1, 1)}, ValueError, "plan must be for the 3 samples of x or for 1, got 2"),
     "plan on another device": ({"x": X.to("meta")}, ValueError, "plan.slot must be on x's device meta, got cpu"),
+    "plan of another n_out": (
+        {"plan": PLAN._replace(n_out=6)},
+        ValueError,
+        r"plan.offsets must be \[2, 7\] as its slot and n_out say, got \[2, 8\]",
+    ),
+    "plan of another order": (
+        {"plan": PLAN._replace(order=PLAN.order[:, :5])},
+        ValueError,
+        r"plan.order must be \[2, 20\] .*, got \[2, 5\]",
+    ),
+    "plan of one sample": ({"plan": PLAN._replace(slot=PLAN.slot[0])}, ValueError, r"plan.slot must be \[B, N\], got \[20\]"),
+    "plan of int64": ({"plan": PLAN._replace(slot=PLAN.slot.long())}, TypeError, "plan.slot must be int32, got torch.int64"),
+    "plan of lists": ({"plan": PLAN._replace(order=[0])}, TypeError, "plan.order must be a Tensor, got list"),
     "unknown mode": ({"mode": "max"}, ValueError, "mode must be one of 'mean', 'sum', 'amax', 'replace', 'drop', got 'max'"),
     "size of a sum": (
         {"mode": "sum", "size": torch.ones(20)},
@@ -415,9 +439,11 @@ def test_soft_merge_refuses(name: str) -> None:
     [
         ({"mass": but(torch.ones(2, 20), (1, 4), -0.5)}, r"mass must not be negative, got -0.5 at position \[1, 4\]"),
         ({"mass": but(torch.ones(2, 20), (0, 4), torch.nan)}, r"mass must not be negative, got nan at position \[0, 4\]"),
+        ({"metric": but(METRIC, (1, 3, 2), torch.nan)}, r"metric must be finite, got nan in row \[1, 3\]"),
+        ({"meta": but(META, (0, 4, 2), torch.inf)}, r"meta must be finite, got inf in row \[0, 4\]"),
         ({"temperature": torch.tensor(-1.0)}, "temperature must be positive, got -1.0"),
     ],
-    ids=["negative mass", "NaN mass", "learned temperature"],
+    ids=["negative mass", "NaN mass", "NaN metric", "infinite meta", "learned temperature"],
 )
 def test_soft_merge_refuses_contents(change: dict[str, Tensor], message: str, backend: str, device: str) -> None:
     call = {"x": X, "metric": METRIC, "meta": META, "temperature": torch.tensor(0.5), **change}

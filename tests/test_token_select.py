@@ -49,6 +49,15 @@ def test_scores_are_not_rounded(device: str) -> None:
     assert_right(score, 61, None, threshold=1.0 + 1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_any_floating_dtype_is_served(dtype: torch.dtype, device: str) -> None:
+    score = scores(2, 61, kind="ties").to(device, dtype)
+    assert_right(score, 20, None, k=20, protect=1)
+    assert_right(score, 30, None, threshold=0.5, max_k=30)
+    with pytest.raises(NotImplementedError, match=f"{str(dtype).removeprefix('torch.')} is served by the reference only"):
+        tokenops.select_tokens(score, k=20, backend="cpu")
+
+
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 255, 256, 257, 1000, 4133, 20001])
 def test_any_length(tokens: int, kind: str, backend: str, device: str) -> None:

@@ -394,6 +394,8 @@ ERRORS = {
     "rank of packed rows": (X, {"cu_seqlens": BOUNDS}, ValueError, r"x must be \[T, C\] with cu_seqlens, got \[2, 3, 4\]"),
     "no channel": (X[..., :0], {}, ValueError, "x must have at least one channel, the halting score"),
     "no class token": (X[:, :0], {"output": "class"}, ValueError, "x must have a first token, the class token"),
+    "learned scale": (X, {"scale": torch.tensor(1.0)}, TypeError, "scale must be a number, for which there is no gradient, got a Tensor"),
+    "plain tuple": (X, {"state": tuple(state_of())}, TypeError, "state must be a HaltState, got tuple"),
     "eps": (X, {"eps": 1.0}, ValueError, r"eps must be in \[0, 1\), got 1.0"),
     "output": (X, {"output": "first"}, ValueError, "output must be 'all' or 'class', got 'first'"),
     "float bounds": (X[0], {"cu_seqlens": BOUNDS.float()}, TypeError, "cu_seqlens must be int32 or int64, got torch.float32"),

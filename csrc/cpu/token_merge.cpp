@@ -214,7 +214,11 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   std::atomic<bool> right{true};
   const Status status = find_pairs(loops, p, samples, [&](int64_t s) {
     int32_t* of_sample = parent.get() + s * tokens;
-    for (int64_t i = 0; i < tokens; ++i) of_sample[i] = role_of(s, i) & kDropped ? -1 : static_cast<int32_t>(i);
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int8_t kind = role_of(s, i);
+      if (kind < 0 || kind > kDropped) right = false;
+      of_sample[i] = kind & kDropped ? -1 : static_cast<int32_t>(i);
+    }
     const PairSide& a = samples[s].a;
     adopt_sources(of_sample, a.list, a.count, samples[s].best, samples[s].index, r.value_or(a.count),
                   static_cast<float>(threshold.value_or(-std::numeric_limits<double>::infinity())), keys.get() + s * tokens);

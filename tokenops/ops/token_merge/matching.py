@@ -60,7 +60,8 @@ def pairwise_argmax(
     Under autocast a and b are cast.
 
     Raises:
-        ValueError: sizes, ranks or devices disagree, a row that takes part has a NaN (checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        ValueError: sizes, ranks or devices disagree; a row that takes part is not finite, or its scale is NaN (checked on the CPU; on a GPU
+            if TOKENOPS_CHECK=1).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons.
 
@@ -144,7 +145,8 @@ def match_tokens(
             any frame, (reach_t, reach_y, reach_x), or a ``Window``. Needs ``grid`` or ``place``.
         place: (t, y, x) of each token, [N, 3] or [B, N, 3] int32 (int64 accepted), instead of a grid.
         source_mask, destination_mask: [N] or [B, N] bool; False: may not leave, may not receive.
-        source_scale, destination_scale: [N] or [B, N] float32 (float64 with a float64 metric).
+        source_scale, destination_scale: [N] or [B, N] float32 (float64 with a float64 metric). A score that they make -inf never merges:
+            to leave tokens out give masks, whose n_out allows for it, or n_out itself.
         generator: draws for "random" and "grid", on the metric's device. Default: torch's own.
         n_out: rows of the output. Default N - r where exactly r tokens merge whatever the tensors hold, else N with empty rows at the end
             (masks, a threshold, roles, or a locality that may leave a source without a destination). Given, it must hold all tokens that
@@ -158,8 +160,9 @@ def match_tokens(
     Under autocast the metric is cast.
 
     Raises:
-        ValueError: an argument is out of its range or missing, sizes disagree, the metric has a NaN in a token that takes part, n_out is
-            too small (contents are checked on the CPU; on a GPU if TOKENOPS_CHECK=1, else NaN never wins and what does not fit is dropped).
+        ValueError: an argument is out of its range or missing, sizes disagree, a token that takes part is not finite or its scale is NaN,
+            a role does not exist, tokens merge in a circle, n_out is too small (contents are checked on the CPU; on a GPU if
+            TOKENOPS_CHECK=1, else NaN never wins and what does not fit is dropped).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons.
 
@@ -221,9 +224,10 @@ def _amount(scheme: str | Tensor, r: int | None, ratio: float | None, threshold:
     elif scheme == "random":
         allowed = ("r", "ratio")
     if not least <= len(given) <= 1 or any(name not in allowed for name in given):
-        wish = " or ".join(allowed) if allowed else "none of r, ratio and threshold"
-        number = "at most one" if least == 0 and allowed else "one" if allowed else "given"
-        raise ValueError(f"{number} of {wish} must be given in scheme {scheme!r}, got {', '.join(given) or 'none'}")
+        number = "none" if not allowed else "one" if least else "at most one"
+        wish = " or ".join(allowed) if allowed else "r, ratio and threshold"
+        kind = "a scheme of roles" if isinstance(scheme, Tensor) else f"scheme {scheme!r}"
+        raise ValueError(f"{number} of {wish} must be given in {kind}, got {', '.join(given) or 'none'}")
     if r is not None:
         if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
             raise TypeError(f"r must be an int, got {type(r).__name__}")

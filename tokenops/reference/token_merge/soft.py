@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenops.reference.token_merge.matching import check_rows
 from tokenops.types import SoftMergeGradients, SoftMergeProblem
 
 
@@ -92,11 +93,13 @@ def _through_length(grad: Tensor, direction: Tensor, inverse: Tensor | None) -> 
 
 
 def check_soft(problem: SoftMergeProblem) -> None:
-    """Refuse masses that are no weights, and a temperature that is none.
+    """Refuse tokens that cannot be compared, masses that are no weights, and a temperature that is none.
 
     Raises:
-        ValueError: a mass is negative or NaN, or the temperature is not positive.
+        ValueError: a row of metric or meta is not finite, a mass is negative or NaN, or the temperature is not positive.
     """
+    check_rows("metric", problem.metric, None)
+    check_rows("meta", problem.meta, None)
     if problem.mass is not None:
         bad = (~(problem.mass >= 0.0)).nonzero()
         if len(bad) > 0:
