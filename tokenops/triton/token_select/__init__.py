@@ -88,7 +88,6 @@ def halt(problem: HaltProblem, new: HaltState) -> None:
     _launch_halt(
         kernels.halt,
         problem,
-        1024,
         **vectors,
         **new_vectors,
         out=out,
@@ -117,8 +116,6 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
     _launch_halt(
         kernels.halt_backward,
         problem,
-        # more of them and registers spill
-        512,
         **vectors,
         grad_out=problem.grad_out,
         new_grad_x=grad_x,
@@ -128,10 +125,10 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
     )
 
 
-def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, elements: int, **arguments: Any) -> None:
+def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, **arguments: Any) -> None:
     samples, tokens, channels = problem.x.shape
     sequences = 0 if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
-    tile = _tile(channels, elements)
+    tile = _tile(channels, 1024)
     blocks = -(-tokens // tile.rows)
     launch(
         kernel,
