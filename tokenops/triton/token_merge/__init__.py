@@ -1,4 +1,4 @@
-"""Token matching and merging on a GPU: ``pairs.py`` finds who is most similar to whom."""
+"""Token matching and merging on a GPU: ``pairs.py`` finds who is most similar to whom, ``plans.py`` makes plans of that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from torch import Tensor
 
 from tokenops.triton.launch import device_objections
 from tokenops.triton.token_merge.pairs import argmax as argmax
+from tokenops.triton.token_merge.plans import match as match
+from tokenops.triton.token_merge.plans import plan as plan
 
 
 def objections(*problem: Tensor, names: str = "x") -> list[str]:

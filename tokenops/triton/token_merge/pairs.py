@@ -245,7 +245,7 @@ def _best_of_columns(
     return best, met
 
 
-@triton.jit(do_not_specialize=["NA", "NB", "a_blocks", "b_blocks", "t_low", "t_high", "reach_y", "reach_x"])
+@triton.jit(do_not_specialize=["NA", "NB", "a_blocks", "b_blocks", "t_low", "t_high", "reach_y", "reach_x", "first_id", "id_step"])
 def search(
     a,  # [B, NA, C]
     b,  # [B, NB, C]
@@ -263,7 +263,7 @@ def search(
     a_place,  # [1|B, NA, 3] int32 or None
     b_place,  # [1|B, NB, 3] int32 or None
     best,  # [B, NA] float32, by slot
-    index,  # [B, NA] int32, by slot: a row of b
+    index,  # [B, NA] int32, by slot: a row of b, to be called first_id + row * id_step
     a_strides,
     b_strides,
     a_place_strides,
@@ -276,6 +276,8 @@ def search(
     t_high,
     reach_y,
     reach_x,
+    first_id,
+    id_step,
     C: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -355,7 +357,7 @@ def search(
         winner = tl.load(b_rows + winner, mask=won, other=-1)
     written = slots < NA
     tl.store(best + sample * NA + slots, tl.where(won, greatest * factor, float("-inf")), mask=written)
-    tl.store(index + sample * NA + slots, tl.where(won, winner, -1), mask=written)
+    tl.store(index + sample * NA + slots, tl.where(won, first_id + winner * id_step, -1), mask=written)
 
 
 def argmax(problem: PairProblem, best: Tensor, index: Tensor) -> None:
@@ -365,8 +367,10 @@ def argmax(problem: PairProblem, best: Tensor, index: Tensor) -> None:
     launch_search(a, b, p.window, p.normalize, best, index)
 
 
-def launch_search(a: Side, b: Side, window: Window | None, normalize: bool, best: Tensor, index: Tensor) -> None:
-    """Fills best and index [B, Na], by slots of a; index holds rows of b."""
+def launch_search(
+    a: Side, b: Side, window: Window | None, normalize: bool, best: Tensor, index: Tensor, first_id: int = 0, id_step: int = 1
+) -> None:
+    """Fills best and index [B, Na], by slots of a; index names row j of b by first_id + j * id_step."""
     width = a.x.shape[2]
     tiles = _tiles(a.x.dtype, width, a.x.shape[1], b.x.shape[1])
     unit = 8 if all(stride % 8 == 0 for x in (a.x, b.x) for stride in _strides(x)[:2]) else 1
@@ -406,6 +410,8 @@ def launch_search(a: Side, b: Side, window: Window | None, normalize: bool, best
         t_high=t_high,
         reach_y=reach_y,
         reach_x=reach_x,
+        first_id=first_id,
+        id_step=id_step,
         C=width,
         UNIT=unit,
         BLOCK_A=tiles.block_a,
