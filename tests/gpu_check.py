@@ -2,8 +2,8 @@
 
 ``python tests/gpu_check.py`` (``make gpu-check``) runs the real launchers on meta tensors under a driver that knows an architecture but has
 no device, so every choice (tiles, specialisation, shared memory) is the one a GPU would get. It prints registers, spills and shared memory
-of every kernel, and exits with 1 on a spill, on more shared memory than there is or than tiles.py promised, on a half-precision kernel
-without tensor core instructions, or on an error.
+of every kernel, and exits with 1 on a spill, on more shared memory than there is or than the room promised, on a kernel without the tensor
+core instructions it should have, on a kernel that no case compiles, or on an error. The cases are in gpu_cases/, a file for each room.
 
 Compiling proves typing and resources, not numbers: those are test_triton_interpreter.py's.
 """
@@ -14,22 +14,20 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+import gpu_cases
 import torch
-from torch import Tensor
-
-from tokenops.triton import sparse_attention as launchers
-from tokenops.triton.sparse_attention.tiles import Tiles, shared_bytes
-from tokenops.types import AttentionGradients, AttentionProblem
+from gpu_cases import Case
 
 
 class Arch(NamedTuple):
@@ -51,89 +49,21 @@ ARCHS = {
 DEFAULT_ARCHS = ("sm_80", "sm_90", "sm_100")
 # what a tensor core instruction is called
 TENSOR_CORE = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_120": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": r"UTC\w*MMA|HMMA", "gfx942": "v_mfma"}
-ATTENTION = ("forward", "backward_query", "backward_key_value")
-
-
-class Case(NamedTuple):
-    """One problem; every kernel is compiled for it."""
-
-    dtype: torch.dtype = torch.bfloat16
-    width: int = 64
-    value_width: int | None = None  # width if None
-    rows: int = 1569
-    kept: int | None = 784  # None: no lists
-    group: int = 1  # query heads a key head
-    bias: bool = False
-    causal: bool = False
-    mask: torch.dtype | None = None
-    packed: bool = False
-    by_row: bool = False
-    row_sq: bool = True
-    tf32: bool = False
-
-    def __str__(self) -> str:
-        kind = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
-        words = [kind, f"D{self.width}" + (f",{self.value_width}" if self.value_width else "")]
-        words += [f"{self.rows}->{self.kept}" if self.kept else f"{self.rows}"]
-        words += [word for word in ("bias", "causal", "packed", "by_row") if getattr(self, word)]
-        words += [f"group{self.group}"] * (self.group > 1) + ["no row_sq"] * (not self.row_sq)
-        words += [] if self.mask is None else ["bool mask" if self.mask == torch.bool else f"{str(self.mask).removeprefix('torch.')} mask"]
-        return " ".join(words)
-
-
-def _grid() -> list[Case]:
-    """Every row of the tile table with the features that need the most registers."""
-    kinds = ({"dtype": torch.bfloat16}, {"dtype": torch.float32}, {"dtype": torch.float32, "tf32": True})
-    extras = (
-        {"packed": True},
-        {"bias": True, "causal": True, "group": 2},
-        {"bias": True, "causal": True, "mask": torch.float32},
-    )
-    return [Case(width=width, **kind, **extra) for kind in kinds for width in (32, 64, 128, 256) for extra in extras]
-
-
-CASES = [
-    *_grid(),
-    # the plain ones, which should be fastest
-    *(Case(dtype=dtype, width=width) for dtype in (torch.bfloat16, torch.float16) for width in (64, 128)),
-    Case(kept=None),
-    Case(kept=None, packed=True),
-    Case(kept=None, causal=True),
-    Case(bias=True),
-    Case(group=4),
-    Case(group=3, bias=True),
-    Case(by_row=True, row_sq=False),
-    Case(mask=torch.bool),
-    Case(mask=torch.bfloat16, kept=None),
-    Case(width=72),
-    Case(width=96),
-    Case(width=40, value_width=24),
-    Case(width=8, value_width=256),
-    # short sequences
-    *(Case(rows=rows, kept=None, width=width) for rows in (8, 32, 64) for width in (64, 128)),
-    *(Case(rows=16, kept=None, width=width, bias=True, causal=True) for width in (32, 64, 256)),
-    *(Case(rows=rows, kept=None, dtype=torch.float32) for rows in (8, 32)),
-]
-QUICK = [
-    Case(),
-    Case(bias=True, causal=True, group=2),
-    Case(mask=torch.bool, width=128),
-    Case(dtype=torch.float32),
-    Case(rows=16, kept=None),
-]
+ROOMS = sorted(module.name for module in pkgutil.iter_modules(gpu_cases.__path__))
 
 
 class Usage(NamedTuple):
     """What one kernel takes of one architecture."""
 
+    room: str
     kernel: str
     case: str
     arch: str
-    tiles: str
+    options: str  # blocks, warps, stages
     registers: int
     spills: int  # instructions that store to or load from the stack; scratch bytes on AMD
     shared: int
-    promised: int  # tiles.py's estimate
+    promised: int  # the room's bound, or the architecture's
     limit: int
     tensor_core: int  # instructions
     complaints: tuple[str, ...]
@@ -175,47 +105,6 @@ class DeviceLessDriver:
         return True
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def problem(case: Case) -> AttentionProblem:
-    batch, heads = (1 if case.packed else 2), 4 * case.group
-    value_width = case.value_width or case.width
-    index = None if case.kept is None else _meta(batch, 1, case.kept, dtype=torch.int32)
-    bounds = _meta(9, dtype=torch.int32) if case.packed else None
-    return AttentionProblem(
-        query=_meta(batch, heads, case.rows, case.width, dtype=case.dtype),
-        key=_meta(batch, 4, case.rows, case.width, dtype=case.dtype),
-        value=_meta(batch, 4, case.rows, value_width, dtype=case.dtype),
-        q_index=index,
-        kv_index=index,
-        kv_bias=_meta(batch, 4, case.rows) if case.bias else None,
-        attn_mask=None if case.mask is None else _meta(1, 1, case.rows, case.rows, dtype=case.mask),
-        is_causal=case.causal,
-        scale=0.125,
-        dropout_p=0.0,
-        dropout_seed=None,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-    )
-
-
-def run_launchers(case: Case) -> None:
-    call = problem(case)
-    batch, heads, rows, _ = call.query.shape
-    slots = rows if case.kept is None else case.kept
-    out = _meta(batch, heads, rows if case.by_row else slots, call.value.shape[-1], dtype=case.dtype)
-    lse = _meta(batch, heads, slots)
-    launchers.forward(call, out, lse, torch.empty_like(lse) if case.row_sq else None, case.by_row)
-    if not case.by_row:
-        bias = _meta(*call.key.shape[:3]) if case.bias else None
-        grads = AttentionGradients(torch.empty_like(call.query), torch.empty_like(call.key), torch.empty_like(call.value), bias, None)
-        launchers.backward(call, out, out, lse, grads)
-
-
 def set_driver(arch: str) -> None:
     """Once a process: Triton keeps what it learned of a device."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -225,48 +114,53 @@ def set_driver(arch: str) -> None:
     driver.set_active(DeviceLessDriver(ARCHS[arch]))
 
 
-def check(arch: str, case: Case) -> list[Usage]:
+def check(arch: str, room: str, case: Case) -> list[Usage]:
     """Compiles every kernel of the case, as the launchers do."""
-    launch, usages = launchers._launch, []
+    from triton.runtime import JITFunction
 
-    def watch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> None:
-        compiled = launch(kernel, programs, on, tiles, **arguments)
-        usages.append(measure(arch, case, kernel.__name__, tiles, compiled))
+    run, usages = JITFunction.run, []
 
-    launchers._launch = watch
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    def watch(kernel: Any, *arguments: Any, **options: Any) -> None:
+        usages.append(measure(arch, room, case, kernel, options, run(kernel, *arguments, **options)))
+
+    JITFunction.run = watch
     try:
-        run_launchers(case)
+        case.launch()
     except Exception as error:
-        complaint = f"{type(error).__name__}: {error}".splitlines()[0]
-        usages.append(Usage("?", str(case), arch, "", 0, 0, 0, 0, ARCHS[arch].shared, 0, (complaint,)))
+        # a compiler begins with the place and ends with the reason
+        complaint = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        usages.append(Usage(room, "?", str(case), arch, "", 0, 0, 0, 0, ARCHS[arch].shared, 0, (complaint,)))
     finally:
-        launchers._launch = launch
-        torch.backends.cuda.matmul.fp32_precision = before
+        JITFunction.run = run
     return usages
 
 
-def measure(arch: str, case: Case, kernel: str, tiles: Tiles, compiled: Any) -> Usage:
+def measure(arch: str, room: str, case: Case, kernel: Any, options: Mapping[str, Any], compiled: Any) -> Usage:
     limit = ARCHS[arch].shared
     registers, spills, code = read_hip(compiled) if ARCHS[arch].backend == "hip" else read_cuda(compiled)
     tensor_core = len(re.findall(rf"\b(?:{TENSOR_CORE[arch]})", code))
-    shared = compiled.metadata.shared
-    promised = limit
-    if kernel in ATTENTION:
-        masked = 0 if case.mask is None else case.mask.itemsize
-        promised = shared_bytes(kernel, tiles, case.width, case.value_width or case.width, case.dtype.itemsize, masked)
+    shared, promise = compiled.metadata.shared, case.promise(kernel.__name__, options)
+    promised = limit if promise.shared is None else promise.shared
     complaints = []
     if spills:
         complaints.append("spills")
     if shared > limit:
         complaints.append("too much shared memory")
     if shared > promised:
-        complaints.append("more shared memory than tiles.py promised")
-    if kernel in ATTENTION and not tensor_core and (case.dtype != torch.float32 or case.tf32):
+        complaints.append("more shared memory than promised")
+    if promise.tensor_core and not tensor_core:
         complaints.append("no tensor cores")
-    shape = f"{tiles.block_q}x{tiles.block_k} w{tiles.num_warps} s{tiles.num_stages}"
-    return Usage(kernel, str(case), arch, shape, registers, spills, shared, promised, limit, tensor_core, tuple(complaints))
+    blocks = (f"{name.removeprefix('BLOCK').removeprefix('_')}{options[name]}" for name in kernel.arg_names if name.startswith("BLOCK"))
+    chosen = " ".join((*blocks, f"w{compiled.metadata.num_warps}", f"s{compiled.metadata.num_stages}"))
+    return Usage(room, kernel.__name__, str(case), arch, chosen, registers, spills, shared, promised, limit, tensor_core, tuple(complaints))
+
+
+def kernels_of(room: str) -> set[str]:
+    """The kernels that a room may launch: what its module decorates, but for the helpers, whose names begin with an underscore."""
+    from triton.runtime import JITFunction
+
+    kernels = importlib.import_module(importlib.import_module(f"gpu_cases.{room}").KERNELS)
+    return {name for name, value in vars(kernels).items() if isinstance(value, JITFunction) and not name.startswith("_")}
 
 
 def read_cuda(compiled: Any) -> tuple[int, int, str]:
@@ -293,39 +187,45 @@ def read_hip(compiled: Any) -> tuple[int, int, str]:
     return registers, scratch, code
 
 
-COLUMNS = "{:<19} {:<36} {:<7} {:<15} {:>4} {:>7} {:>8} {:>8} {:>8} {:>7}  {}"
+COLUMNS = "{:<17} {:<19} {:<36} {:<7} {:<25} {:>4} {:>7} {:>8} {:>8} {:>8} {:>7}  {}"
 
 
 def show(usage: Usage) -> str:
     verdict = "; ".join(usage.complaints) or "ok"
     sizes = (f"{size / 1024:.1f}K" for size in (usage.shared, usage.promised, usage.limit))
-    return COLUMNS.format(
-        usage.kernel, usage.case, usage.arch, usage.tiles, usage.registers, usage.spills, *sizes, usage.tensor_core, verdict
-    )
+    return COLUMNS.format(*usage[:5], usage.registers, usage.spills, *sizes, usage.tensor_core, verdict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHS, help=f"default: {', '.join(DEFAULT_ARCHS)}")
+    parser.add_argument("--room", action="append", choices=ROOMS, help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="a few cases, on sm_80 and sm_90 unless --arch says else")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
     archs = options.arch or (["sm_80", "sm_90"] if options.quick else list(DEFAULT_ARCHS))
-    cases = QUICK if options.quick else CASES
-    print(COLUMNS.format("kernel", "case", "arch", "tiles", "regs", "spills", "shared", "promised", "limit", "tensor", ""))
+    print(COLUMNS.format("room", "kernel", "case", "arch", "blocks", "regs", "spills", "shared", "promised", "limit", "tensor", ""))
     count, bad, start = 0, 0, time.monotonic()
-    importlib.import_module("tokenops.triton.sparse_attention.kernels")
+    rooms = options.room or ROOMS
+    missing = {(room, kernel) for room in rooms for kernel in kernels_of(room)}
+    work = []
+    for room in rooms:
+        module = importlib.import_module(f"gpu_cases.{room}")
+        work += [(room, case) for case in (module.QUICK if options.quick else module.CASES)]
     for arch in archs:
         # a process serves one architecture; forked, so that they share what it took to import torch and Triton
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(options.jobs, context, initializer=set_driver, initargs=(arch,)) as pool:
-            for usages in pool.map(check, [arch] * len(cases), cases):
+            for usages in pool.map(check, [arch] * len(work), *zip(*work, strict=True)):
                 for usage in usages:
                     print(show(usage), flush=True)
                     count += 1
                     bad += bool(usage.complaints)
+                    missing.discard((usage.room, usage.kernel))
+    for room, kernel in sorted(missing):
+        print(f"{room} {kernel} is compiled by no case")
     print(f"{count} kernels, {bad} with complaints, {time.monotonic() - start:.0f} s")
-    return 1 if bad else 0
+    return 1 if bad or missing else 0
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ Triton itself is imported on the first launch, so that this package imports, and
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenops.triton.launch import device_objections, interpreting, launch, shared_memory
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -22,12 +20,7 @@ MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 def objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
     """Why these kernels, beyond what no compiled kernel of this room serves, cannot serve a call; empty if they can."""
-    reasons = []
-    query, mask = problem.query, problem.attn_mask
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed")
-    if not query.is_cuda and not (query.is_cpu and _interpreting()):
-        reasons.append(f"runs on CUDA and ROCm GPUs (on CPU tensors under TRITON_INTERPRET=1 only), query is on {query.device}")
+    mask, reasons = problem.attn_mask, device_objections("query", problem.query)
     if mask is not None and mask.dtype not in MASK_DTYPES:
         reasons.append(f"attn_mask must be bool, float32, bfloat16 or float16, got {mask.dtype}")
     if "attn_mask" in needs:
@@ -199,7 +192,7 @@ def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
         keys,
         biased=problem.kv_bias is not None or problem.is_causal,
         mask_itemsize=0 if problem.attn_mask is None else problem.attn_mask.element_size(),
-        limit=None if _interpreting() else _shared_memory(query.get_device()),
+        limit=None if interpreting() else shared_memory(query.get_device()),
     )
 
 
@@ -210,14 +203,9 @@ def _blocks(slots: int, block: int, cu_seqlens: Tensor | None) -> int:
     return slots // block + cu_seqlens.shape[0]
 
 
-def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> Any:
-    """Returns what Triton compiled; nothing is launched for an empty problem."""
-    if programs == 0:
-        return None
+def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> None:
     blocks = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k} if tiles.block_k else {"BLOCK_Q": tiles.block_q}
-    # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(on):
-        return kernel[(programs,)](**arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    launch(kernel, programs, on, **arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -248,15 +236,3 @@ def _dense(tensor: Tensor) -> Tensor:
 def _dot_precision(dtype: torch.dtype) -> str:
     """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes of shared memory that one program may use."""
-    from triton.runtime import driver
-
-    return int(driver.active.utils.get_device_properties(max(device, 0))["max_shared_mem"])

@@ -1,4 +1,4 @@
-"""What the Triton kernels have to show in the interpreter: named checks, run by a worker of test_triton_interpreter.py."""
+"""Gathered-token attention in the interpreter: numbers, borders, promises."""
 
 from __future__ import annotations
 
@@ -10,26 +10,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import CASES, Call, Case, build, with_bias, with_mask
-from oracle import TOLERANCE, assert_close, assert_right, computed, expected, objections, problem_of
+from oracle import assert_close, assert_right, computed, expected, objections, problem_of
 from torch import Tensor
 
 import tokenops
 from tokenops.triton import sparse_attention as triton_attention
 from tokenops.triton.sparse_attention.tiles import Tiles
 from tokenops.types import AttentionGradients, AttentionProblem
+from triton_checks import Checks, NotServedError
 
-Check = Callable[[], object]
-CHECKS: dict[str, Check] = {}
+CHECKS = Checks()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NotServedError(Exception):
-    """The kernels object to this call."""
-
-
-def check(function: Check) -> Check:
-    CHECKS[function.__name__.strip("_").replace("_", " ")] = function
-    return function
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -162,7 +153,7 @@ def _forward(problem: AttentionProblem, row_sq: bool = True) -> tuple[Tensor, Te
     return out, lse, squares if row_sq else None
 
 
-@check
+@CHECKS.add
 def rows_are_written_into_a_grid() -> None:
     call = _listed()
     want = expected(call, None)
@@ -178,7 +169,7 @@ def rows_are_written_into_a_grid() -> None:
         assert_close("grid", grid, written, torch.float32)
 
 
-@check
+@CHECKS.add
 def ids_outside_the_grid_are_empty_slots() -> None:
     """The door refuses such ids in checked mode only, so the kernels must not read what they name."""
     problem = problem_of(_listed())
@@ -210,7 +201,7 @@ def _backward(problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Ten
     return [grad for grad in grads if grad is not None]
 
 
-@check
+@CHECKS.add
 def bad_sequence_bounds_stay_inside() -> None:
     """On a GPU only the kernels read cu_seqlens: whatever it holds, they stay in the buffers (outside of them the interpreter dies)."""
     call = packed((16, 24), (24, 16))
@@ -222,7 +213,7 @@ def bad_sequence_bounds_stay_inside() -> None:
             _backward(problem._replace(cu_seqlens_q=bounds, cu_seqlens_k=bounds), out.nan_to_num(), lse.nan_to_num())
 
 
-@check
+@CHECKS.add
 def only_wanted_gradients_are_computed() -> None:
     problem = problem_of(_listed())
     out, lse, _ = _forward(problem)
@@ -234,14 +225,14 @@ def only_wanted_gradients_are_computed() -> None:
             assert torch.equal(grads[name], everything[name]), (wanted, name)
 
 
-@check
+@CHECKS.add
 def statistics_are_optional() -> None:
     problem = problem_of(_listed())
     for got, want in zip(_forward(problem, row_sq=False)[:2], _forward(problem)[:2], strict=True):
         assert torch.equal(got, want)
 
 
-@check
+@CHECKS.add
 def every_visible_key_lies_far_below_an_empty_slot() -> None:
     """An empty slot's product is 0. Where lse is -400, exp(0 - lse) overflows, and infinity times the empty slot's zeros would be NaN."""
     call = _listed()
@@ -251,7 +242,7 @@ def every_visible_key_lies_far_below_an_empty_slot() -> None:
         assert_right(call, "triton")
 
 
-@check
+@CHECKS.add
 def causal_lists_meet_at_the_edge_of_a_block() -> None:
     """The first query that sees a block of keys in the last slot of a block of queries, and the like for the last key."""
     sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "query_rows": 40, "key_rows": 40, "width": 16}
@@ -262,7 +253,7 @@ def causal_lists_meet_at_the_edge_of_a_block() -> None:
             assert_right({**call, **lists, "is_causal": True}, "triton")
 
 
-@check
+@CHECKS.add
 def nan_reaches_exactly_what_it_must() -> None:
     call = _listed()
     clean = _forward(problem_of(call))[0]
@@ -287,7 +278,7 @@ def nan_reaches_exactly_what_it_must() -> None:
         assert_close("the rest", out.masked_fill(hit[..., None], 0.0), clean.masked_fill(hit[..., None], 0.0), torch.float32)
 
 
-@check
+@CHECKS.add
 def nan_in_the_gradient_of_an_empty_slot_reaches_nothing() -> None:
     """A loss over padding is often 0 / 0 there."""
     call = _listed()
@@ -304,7 +295,7 @@ def nan_in_the_gradient_of_an_empty_slot_reaches_nothing() -> None:
         assert torch.equal(got, want)
 
 
-@check
+@CHECKS.add
 def huge_logits_keep_the_gradients_finite() -> None:
     """A logit of 1e10 and its float32 lse are up to 1024 apart: what their difference is raised to must not exceed 0."""
     call = {"query": tensor(1, 2, 20, 16, seed=1) * 1e5, "key": tensor(1, 2, 20, 16, seed=2) * 1e5, "value": tensor(1, 2, 20, 16, seed=3)}
@@ -320,7 +311,7 @@ def huge_logits_keep_the_gradients_finite() -> None:
         assert got.grads["value"].norm() < 1.5 * want.grads["value"].norm()
 
 
-@check
+@CHECKS.add
 def the_lowest_number_hides_nothing_by_itself() -> None:
     """Times log2(e) it would be -infinity, and a row of it an empty one: it is the mean of what is visible."""
     call = {name: tensor(1, 2, 20, 16, seed=seed) for seed, name in enumerate(("query", "key", "value"))}
@@ -347,7 +338,7 @@ def the_lowest_number_hides_nothing_by_itself() -> None:
                 assert grad.isfinite().all()
 
 
-@check
+@CHECKS.add
 def empty_problems() -> None:
     for sizes in ({"query_rows": 0}, {"key_rows": 0}, {"batch": 0}):
         shape = {"batch": 2, "query_rows": 5, "key_rows": 6, **sizes}
@@ -370,41 +361,7 @@ def empty_problems() -> None:
                 assert (grad == 0).all()
 
 
-@check
+@CHECKS.add
 def half_precision_masks() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert_right(build(Case("", LISTS, with_mask("same", "BhNM")), dtype), "triton")
-
-
-@check
-def bfloat16_of_the_interpreter_is_torchs() -> None:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def cast(source, narrow, wide, n: tl.constexpr):
-        at = tl.arange(0, n)
-        x = tl.load(source + at).to(tl.bfloat16)
-        tl.store(narrow + at, x)
-        tl.store(wide + at, x.to(tl.float32))
-
-    @triton.jit
-    def add(source, n: tl.constexpr):
-        at = tl.arange(0, n)
-        x = tl.load(source + at)
-        tl.store(source + at, x + x)
-
-    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1.00390625, 1.01171875, 3.3895e38, 1e-40])
-    source = torch.cat([special, torch.randn(1024 - len(special)) * torch.logspace(-30, 30, 1024 - len(special))])
-    narrow, wide = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024)
-    cast[(1,)](source, narrow, wide, 1024)
-    assert torch.equal(narrow.nan_to_num(nan=1.0), source.bfloat16().nan_to_num(nan=1.0))
-    assert torch.equal(wide.nan_to_num(nan=1.0), source.bfloat16().float().nan_to_num(nan=1.0))
-    refused = ""
-    try:
-        add[(1,)](narrow, 1024)
-    except Exception as error:
-        refused = f"{error} {error.__cause__}"
-    assert "bfloat16 may only be" in refused, "the interpreter added the bit patterns of bfloat16"
-    # one tolerance for all: the oracle's
-    assert TOLERANCE[torch.bfloat16] == 2e-2
