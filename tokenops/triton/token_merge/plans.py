@@ -1,29 +1,16 @@
-"""Who merges into whom, and from that a MergePlan: kernels and launchers.
-
-Members of an output row stand in a fixed order, the destination first and then ascending. Their places are found by counting how many
-tokens come before each one, which needs no sort, no atomics and no second pass: the same plan in every run. Nothing is read back to the
-host, and whatever parents or slots hold, nothing outside the tensors is touched: what leads nowhere is dropped.
-"""
+"""Launchers of matching and of plans. ``plan_kernels.py`` holds the device code."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from tokenops.triton.launch import launch
+from tokenops.triton.launch import launch, power_of_two, row_strides
 from tokenops.triton.token_merge.pairs import Side, launch_search
 from tokenops.triton.token_select import select
-from tokenops.types import MatchProblem, Role
-
-SOURCE = tl.constexpr(int(Role.SOURCE))
-DESTINATION = tl.constexpr(int(Role.DESTINATION))
-DROPPED = tl.constexpr(int(Role.DROPPED))
-# above every key
-HIGHEST = tl.constexpr(2**31 - 1)
+from tokenops.types import MatchProblem
 
 
 class Ids(NamedTuple):
@@ -36,201 +23,6 @@ class Ids(NamedTuple):
     count: Tensor | None = None  # [B] int32
 
 
-@triton.jit(do_not_specialize=["N"])
-def list_roles(
-    role,  # [1|B, N] int8
-    sources,  # [B, N] int32: the tokens that may leave, ascending
-    destinations,  # [B, N] int32: those that may receive
-    source_count,  # [B] int32
-    destination_count,
-    role_strides,
-    N,
-    BLOCK: tl.constexpr,
-):
-    """One program a sample."""
-    b = tl.program_id(0).to(tl.int64)
-    leaving = 0
-    receiving = 0
-    for start in range(0, N, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        bits = tl.load(role + b * role_strides[0] + ids.to(tl.int64) * role_strides[1], mask=ids < N, other=0).to(tl.int32)
-        leaves = (bits & SOURCE) != 0
-        receives = (bits & DESTINATION) != 0
-        tl.store(sources + b * N + leaving + tl.cumsum(leaves.to(tl.int32), 0) - 1, ids, mask=leaves)
-        tl.store(destinations + b * N + receiving + tl.cumsum(receives.to(tl.int32), 0) - 1, ids, mask=receives)
-        leaving += tl.sum(leaves.to(tl.int32), 0)
-        receiving += tl.sum(receives.to(tl.int32), 0)
-    tl.store(source_count + b, leaving)
-    tl.store(destination_count + b, receiving)
-
-
-@triton.jit(do_not_specialize=["N", "S", "K", "first", "step"])
-def choose_parents(
-    role,  # [1|B, N] int8 or None
-    chosen,  # [B, K] int32: the slots of sources that merge, -1 = none
-    partner,  # [B, S] int32: token ids
-    sources,  # [B, N] int32, or None: slot s is token first + s * step
-    parent,  # [B, N] int32
-    role_strides,
-    N,
-    S,
-    K,
-    first,
-    step,
-    BLOCK: tl.constexpr,
-):
-    """Everybody stays or is dropped, but for the chosen. One program a sample."""
-    b = tl.program_id(0).to(tl.int64)
-    parent += b * N
-    for start in range(0, N, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        stays = ids
-        if role is not None:
-            bits = tl.load(role + b * role_strides[0] + ids.to(tl.int64) * role_strides[1], mask=ids < N, other=0)
-            stays = tl.where(bits == DROPPED, -1, ids)
-        tl.store(parent + ids, stays, mask=ids < N)
-    # the chosen are written a second time
-    tl.debug_barrier()
-    for start in range(0, K, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        slots = tl.load(chosen + b * K + at, mask=at < K, other=-1)
-        merges = slots >= 0
-        ids = first + slots * step
-        if sources is not None:
-            ids = tl.load(sources + b * N + slots, mask=merges, other=-1)
-        into = tl.load(partner + b * S + slots, mask=merges, other=-1)
-        tl.store(parent + ids, into, mask=merges & (ids >= 0) & (ids < N))
-
-
-@triton.jit(do_not_specialize=["N", "n_out", "rounds"])
-def number_rows(
-    parent,  # [B, N] integers
-    root,  # [B, N] int32, scratch: where chains end
-    number,  # [B, N] int32, scratch: how many roots come before
-    slot,  # [B, N] int32
-    key,  # [B, N] int32: twice the output row, and one more for all but its destination; 2 n_out = none
-    count,  # [B] int32
-    parent_strides,
-    N,
-    n_out,
-    rounds,  # 2**rounds > N
-    BLOCK: tl.constexpr,
-):
-    """Follows every chain to its root by doubling the steps of each round, and numbers the roots. One program a sample."""
-    b = tl.program_id(0).to(tl.int64)
-    parent += b * parent_strides[0]
-    root += b * N
-    number += b * N
-    for start in range(0, N, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        at = tl.load(parent + ids.to(tl.int64) * parent_strides[1], mask=ids < N, other=-1)
-        at = tl.where((at >= 0) & (at < N), at, -1).to(tl.int32)
-        tl.store(root + ids, at, mask=ids < N)
-    tl.debug_barrier()
-    # a token that another one overtakes in the same round is further up the same chain: the end does not depend on who is first
-    moved = 1
-    turn = 0
-    while (turn < rounds) & (moved > 0):
-        moved = 0
-        for start in range(0, N, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            at = tl.load(root + ids, mask=ids < N, other=-1)
-            above = tl.load(root + at, mask=at >= 0, other=-1)
-            moved = tl.maximum(moved, tl.max((above != at).to(tl.int32), 0))
-            tl.store(root + ids, above, mask=ids < N)
-        tl.debug_barrier()
-        turn += 1
-
-    roots = 0
-    for start in range(0, N, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        # not where the chain ended: a circle's length may divide the steps taken
-        is_root = (tl.load(parent + ids.to(tl.int64) * parent_strides[1], mask=ids < N, other=-1) == ids).to(tl.int32)
-        tl.store(number + ids, roots + tl.cumsum(is_root, 0) - is_root, mask=ids < N)
-        roots += tl.sum(is_root, 0)
-    tl.debug_barrier()
-    for start in range(0, N, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        at = tl.load(root + ids, mask=ids < N, other=-1)
-        # in a circle nobody is its own parent
-        ends = (at >= 0) & (tl.load(parent + at.to(tl.int64) * parent_strides[1], mask=at >= 0, other=-1) == at)
-        row = tl.load(number + at, mask=ends, other=n_out)
-        row = tl.where(row < n_out, row, n_out)
-        tl.store(slot + b * N + ids, tl.where(row < n_out, row, -1), mask=ids < N)
-        tl.store(key + b * N + ids, 2 * row + ((row < n_out) & (at != ids)).to(tl.int32), mask=ids < N)
-    tl.store(count + b, tl.minimum(roots, n_out))
-
-
-@triton.jit(do_not_specialize=["N", "n_out", "blocks"])
-def copy_slots(
-    target,  # [B, N] integers
-    slot,  # [B, N] int32
-    key,  # [B, N] int32, as number_rows writes it
-    target_strides,
-    N,
-    n_out,
-    blocks,
-    BLOCK: tl.constexpr,
-):
-    """Slots that are given: those that there are."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    ids = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(target + b * target_strides[0] + ids.to(tl.int64) * target_strides[1], mask=ids < N, other=-1)
-    kept = (row >= 0) & (row < n_out)
-    row = tl.where(kept, row, n_out).to(tl.int32)
-    tl.store(slot + b * N + ids, tl.where(kept, row, -1), mask=ids < N)
-    tl.store(key + b * N + ids, 2 * row, mask=ids < N)
-
-
-@triton.jit(do_not_specialize=["N", "n_out", "blocks"])
-def order_tokens(
-    key,  # [B, N] int32
-    order,  # [B, N] int32
-    offsets,  # [B, n_out + 1] int32
-    N,
-    n_out,
-    blocks,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """How many tokens come before each token, and before each output row: its place in the order, and where the row begins."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    asking = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    is_token = asking < N
-    # the first N ask for tokens, the others for rows: nobody comes before a row's first key but keys below it
-    rows = asking - N
-    own = tl.load(key + b * N + asking, mask=is_token, other=0)
-    limit = tl.where(is_token, own, 2 * rows)
-    before = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, N, BLOCK_N):
-        ids = start + tl.arange(0, BLOCK_N)
-        keys = tl.load(key + b * N + ids, mask=ids < N, other=HIGHEST)
-        # of equal keys those with a lower id
-        lower = (ids[None, :] < asking[:, None]) & is_token[:, None]
-        before += tl.sum((keys[None, :] < limit[:, None] + lower.to(tl.int32)).to(tl.int32), 1)
-    tl.store(order + b * N + before, tl.where(own < 2 * n_out, asking, -1), mask=is_token)
-    tl.store(offsets + b * (n_out + 1) + rows, before, mask=~is_token & (rows <= n_out))
-
-
-@triton.jit(do_not_specialize=["n_out"])
-def count_rows(
-    offsets,  # [B, n_out + 1] int32
-    count,  # [B] int32
-    n_out,
-    BLOCK: tl.constexpr,
-):
-    """How many output rows have members. One program a sample."""
-    b = tl.program_id(0).to(tl.int64)
-    offsets += b * (n_out + 1)
-    total = 0
-    for start in range(0, n_out, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        begin = tl.load(offsets + rows, mask=rows < n_out, other=0)
-        end = tl.load(offsets + rows + 1, mask=rows < n_out, other=0)
-        total += tl.sum((end > begin).to(tl.int32), 0)
-    tl.store(count + b, total)
-
-
 def match(problem: MatchProblem, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
     """Fills a plan: slot and order [B, N], count [B], offsets [B, n_out + 1]."""
     plan(_parents(problem), False, slot, count, order, offsets)
@@ -238,20 +30,22 @@ def match(problem: MatchProblem, slot: Tensor, count: Tensor, order: Tensor, off
 
 def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
     """The plan in which token i goes to output row target[i], or merges into token target[i]."""
+    from tokenops.triton.token_merge import plan_kernels as kernels
+
     batch, tokens = target.shape
     n_out = offsets.shape[1] - 1
     key = torch.empty_like(slot)
     if is_slot:
         block = 256
-        blocks = triton.cdiv(tokens, block)
+        blocks = -(-tokens // block)
         launch(
-            copy_slots,
+            kernels.copy_slots,
             batch * blocks,
             target,
             target=target,
             slot=slot,
             key=key,
-            target_strides=_strides(target),
+            target_strides=row_strides(target),
             N=tokens,
             n_out=n_out,
             blocks=blocks,
@@ -261,7 +55,7 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
     else:
         block = _block(tokens)
         launch(
-            number_rows,
+            kernels.number_rows,
             batch,
             target,
             parent=target,
@@ -270,7 +64,7 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
             slot=slot,
             key=key,
             count=count,
-            parent_strides=_strides(target),
+            parent_strides=row_strides(target),
             N=tokens,
             n_out=n_out,
             rounds=tokens.bit_length(),
@@ -278,9 +72,9 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
             num_warps=max(1, block // 256),
         )
     block = 64
-    blocks = triton.cdiv(tokens + n_out + 1, block)
+    blocks = -(-(tokens + n_out + 1) // block)
     launch(
-        order_tokens,
+        kernels.order_tokens,
         batch * blocks,
         target,
         key=key,
@@ -294,11 +88,13 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
         num_warps=4,
     )
     if is_slot:
-        launch(count_rows, batch, target, offsets=offsets, count=count, n_out=n_out, BLOCK=1024, num_warps=4)
+        launch(kernels.count_rows, batch, target, offsets=offsets, count=count, n_out=n_out, BLOCK=1024, num_warps=4)
 
 
 def _parents(problem: MatchProblem) -> Tensor:
     """[B, N]: the token that each one merges into, itself if it stays, -1 if it is dropped."""
+    from tokenops.triton.token_merge import plan_kernels as kernels
+
     batch, tokens, _ = problem.metric.shape
     sources, destinations = _sides(problem)
     score = torch.empty((batch, sources.slots), dtype=torch.float32, device=problem.metric.device)
@@ -316,7 +112,7 @@ def _parents(problem: MatchProblem) -> Tensor:
     parent = torch.empty((batch, tokens), dtype=torch.int32, device=score.device)
     block = _block(tokens)
     launch(
-        choose_parents,
+        kernels.choose_parents,
         batch,
         score,
         role=problem.role,
@@ -324,7 +120,7 @@ def _parents(problem: MatchProblem) -> Tensor:
         partner=partner,
         sources=sources.rows,
         parent=parent,
-        role_strides=(0, 0) if problem.role is None else _strides(problem.role),
+        role_strides=row_strides(problem.role),
         N=tokens,
         S=sources.slots,
         K=merging,
@@ -338,6 +134,8 @@ def _parents(problem: MatchProblem) -> Tensor:
 
 def _sides(problem: MatchProblem) -> tuple[Ids, Ids]:
     """Which tokens may leave and which may receive. The default roles are known beforehand; others are listed on the device."""
+    from tokenops.triton.token_merge import plan_kernels as kernels
+
     batch, tokens, _ = problem.metric.shape
     role = problem.role
     if role is None:
@@ -347,7 +145,7 @@ def _sides(problem: MatchProblem) -> tuple[Ids, Ids]:
     counts = torch.empty((2, batch), dtype=torch.int32, device=role.device)
     block = _block(tokens)
     launch(
-        list_roles,
+        kernels.list_roles,
         batch,
         role,
         role=role,
@@ -355,7 +153,7 @@ def _sides(problem: MatchProblem) -> tuple[Ids, Ids]:
         destinations=lists[1],
         source_count=counts[0],
         destination_count=counts[1],
-        role_strides=_strides(role),
+        role_strides=row_strides(role),
         N=tokens,
         BLOCK=block,
         num_warps=max(1, block // 256),
@@ -381,9 +179,4 @@ def _side(problem: MatchProblem, ids: Ids, scale: Tensor | None) -> Side:
 
 
 def _block(tokens: int) -> int:
-    return min(2048, max(128, triton.next_power_of_2(tokens)))
-
-
-def _strides(lists: Tensor) -> tuple[int, int]:
-    """Of [1|B, N]: one list may serve all samples."""
-    return 0 if lists.shape[0] == 1 else lists.stride(0), lists.stride(1)
+    return min(2048, max(128, power_of_two(tokens)))
