@@ -44,9 +44,19 @@ def interpreting() -> bool:
 @functools.cache
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that one program may use."""
+    return _property(device, "max_shared_mem")
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """How many multiprocessors there are."""
+    return _property(device, "multiprocessor_count")
+
+
+def _property(device: int, name: str) -> int:
     from triton.runtime import driver
 
-    return int(driver.active.utils.get_device_properties(max(device, 0))["max_shared_mem"])
+    return int(driver.active.utils.get_device_properties(max(device, 0))[name])
 
 
 def tile_of(width: int, elements: int) -> Tile:

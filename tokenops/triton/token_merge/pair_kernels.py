@@ -217,7 +217,22 @@ def _best_of_columns(
     return best, met
 
 
-@triton.jit(do_not_specialize=["NA", "NB", "a_blocks", "b_blocks", "t_low", "t_high", "reach_y", "reach_x", "first_id", "id_step"])
+@triton.jit(
+    do_not_specialize=[
+        "NA",
+        "NB",
+        "samples",
+        "a_blocks",
+        "b_blocks",
+        "splits",
+        "t_low",
+        "t_high",
+        "reach_y",
+        "reach_x",
+        "first_id",
+        "id_step",
+    ]
+)
 def search(
     a,  # [B, NA, C]
     b,  # [B, NB, C]
@@ -234,16 +249,18 @@ def search(
     b_bounds,
     a_place,  # [1|B, NA, 3] int32 or None
     b_place,  # [1|B, NB, 3] int32 or None
-    best,  # [B, NA] float32, by slot
-    index,  # [B, NA] int32, by slot: a row of b, to be called first_id + row * id_step
+    best,  # [splits, B, NA] float32, by slot
+    index,  # [splits, B, NA] int32, by slot: a row of b, to be called first_id + row * id_step
     a_strides,
     b_strides,
     a_place_strides,
     b_place_strides,
     NA,
     NB,
+    samples,
     a_blocks,
     b_blocks,
+    splits,
     t_low,
     t_high,
     reach_y,
@@ -256,9 +273,10 @@ def search(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program a block of slots of a."""
-    sample = (tl.program_id(0) // a_blocks).to(tl.int64)
+    """One program a block of slots of a, and a share of those of b."""
     block = tl.program_id(0) % a_blocks
+    share = tl.program_id(0) // a_blocks % splits
+    sample = (tl.program_id(0) // a_blocks // splits).to(tl.int64)
     slots = block * BLOCK_A + tl.arange(0, BLOCK_A)
     a_end = _end(a_count, sample, NA)
     b_end = _end(b_count, sample, NB)
@@ -297,6 +315,9 @@ def search(
         last = behind
     if tl.max(takes_part.to(tl.int32), 0) == 0:
         last = first
+    length = tl.cdiv(tl.maximum(last - first, 0), splits)
+    first += share * length
+    last = tl.minimum(last, first + length)
 
     if a_shrink is None:
         value, met = _best_of_columns(
@@ -327,6 +348,39 @@ def search(
     won = takes_part & (winner < HIGHEST_INT)
     if b_rows is not None:
         winner = tl.load(b_rows + winner, mask=won, other=-1)
-    written = slots < NA
-    tl.store(best + sample * NA + slots, tl.where(won, greatest * factor, float("-inf")), mask=written)
-    tl.store(index + sample * NA + slots, tl.where(won, first_id + winner * id_step, -1), mask=written)
+    at = (share * samples + sample) * NA + slots
+    if splits == 1:
+        greatest *= factor
+    tl.store(best + at, tl.where(won, greatest, float("-inf")), mask=slots < NA)
+    tl.store(index + at, tl.where(won, first_id + winner * id_step, -1), mask=slots < NA)
+
+
+@triton.jit(do_not_specialize=["NA", "samples", "a_blocks", "pitch", "splits"])
+def best_of_shares(
+    share_best,  # [splits, B, NA] float32
+    share_index,  # [splits, B, NA] int32
+    a_factor,  # [B, pitch] float32
+    best,  # [B, NA] float32
+    index,  # [B, NA] int32
+    NA,
+    samples,
+    a_blocks,
+    pitch,
+    splits,
+    BLOCK_A: tl.constexpr,
+):
+    """The winner of the winners, the first of several."""
+    sample = (tl.program_id(0) // a_blocks).to(tl.int64)
+    slots = (tl.program_id(0) % a_blocks) * BLOCK_A + tl.arange(0, BLOCK_A)
+    exists = slots < NA
+    value = tl.full([BLOCK_A], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK_A], -1, tl.int32)
+    for share in range(splits):
+        at = (share * samples + sample) * NA + slots
+        other = tl.load(share_best + at, mask=exists, other=float("-inf"))
+        better = other > value
+        value = tl.where(better, other, value)
+        winner = tl.where(better, tl.load(share_index + at, mask=exists, other=-1), winner)
+    factor = tl.load(a_factor + sample * pitch + slots, mask=exists, other=0.0)
+    tl.store(best + sample * NA + slots, tl.where(winner >= 0, value * factor, float("-inf")), mask=exists)
+    tl.store(index + sample * NA + slots, winner, mask=exists)

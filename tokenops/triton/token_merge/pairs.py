@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import launch, power_of_two
+from tokenops.triton.launch import interpreting, launch, power_of_two, processors
 from tokenops.types import PairProblem, Window
 
 
@@ -40,20 +40,34 @@ def argmax(problem: PairProblem, best: Tensor, index: Tensor) -> None:
 
 
 def launch_search(
-    a: Side, b: Side, window: Window | None, normalize: bool, best: Tensor, index: Tensor, first_id: int = 0, id_step: int = 1
+    a: Side,
+    b: Side,
+    window: Window | None,
+    normalize: bool,
+    best: Tensor,
+    index: Tensor,
+    first_id: int = 0,
+    id_step: int = 1,
+    splits: int | None = None,
 ) -> None:
-    """Fills best and index [B, Na], by slots of a; index names row j of b by first_id + j * id_step."""
+    """Fills best and index [B, Na], by slots of a; index names row j of b by first_id + j * id_step.
+
+    ``splits`` is how many programs share a block of a, each with a part of b; None: as many as keep the device busy.
+    """
     from tokenops.triton.token_merge import pair_kernels as kernels
 
-    width = a.x.shape[2]
-    tiles = _tiles(a.x.dtype, width, a.x.shape[1], b.x.shape[1])
+    samples, rows, width = a.x.shape
+    tiles = _tiles(a.x, b.x.shape[1])
+    if splits is None:
+        splits = _splits(a.x, b.x.shape[1], tiles)
+    share_best, share_index = (x if splits == 1 else x.new_empty((splits, samples, rows)) for x in (best, index))
     unit = 8 if all(stride % 8 == 0 for x in (a.x, b.x) for stride in _strides(x)[:2]) else 1
     of_a = _describe(a._replace(place=None), tiles.block_a, unit, normalize)
     of_b = _describe(b, tiles.block_b, unit, normalize)
     t_low, t_high, reach_y, reach_x = window or (0, 0, 0, 0)
     launch(
         kernels.search,
-        a.x.shape[0] * of_a.blocks,
+        samples * splits * of_a.blocks,
         a.x,
         a=a.x,
         b=b.x,
@@ -70,16 +84,18 @@ def launch_search(
         b_bounds=of_b.bounds,
         a_place=a.place,
         b_place=b.place,
-        best=best,
-        index=index,
+        best=share_best,
+        index=share_index,
         a_strides=_strides(a.x, unit),
         b_strides=_strides(b.x, unit),
         a_place_strides=_strides(a.place),
         b_place_strides=_strides(b.place),
-        NA=a.x.shape[1],
+        NA=rows,
         NB=b.x.shape[1],
+        samples=samples,
         a_blocks=of_a.blocks,
         b_blocks=of_b.blocks,
+        splits=splits,
         t_low=t_low,
         t_high=t_high,
         reach_y=reach_y,
@@ -94,6 +110,24 @@ def launch_search(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
+    if splits > 1:
+        launch(
+            kernels.best_of_shares,
+            samples * of_a.blocks,
+            a.x,
+            share_best=share_best,
+            share_index=share_index,
+            a_factor=of_a.factor,
+            best=best,
+            index=index,
+            NA=rows,
+            samples=samples,
+            a_blocks=of_a.blocks,
+            pitch=of_a.blocks * tiles.block_a,
+            splits=splits,
+            BLOCK_A=tiles.block_a,
+            num_warps=max(1, tiles.block_a // 32),
+        )
 
 
 class _Description(NamedTuple):
@@ -152,16 +186,26 @@ def _describe(side: Side, block: int, unit: int, normalize: bool) -> _Descriptio
     return description
 
 
-def _tiles(dtype: torch.dtype, width: int, rows: int, columns: int) -> Tiles:
-    def cut(size: int, most: int) -> int:
-        # tl.dot takes no smaller block than 16
-        return min(most, max(16, power_of_two(size)))
-
-    if dtype == torch.float32:
+def _tiles(a: Tensor, columns: int) -> Tiles:
+    samples, rows, width = a.shape
+    # tl.dot takes no smaller block than 16
+    rows, columns, width = (max(16, power_of_two(size)) for size in (rows, columns, width))
+    if a.dtype == torch.float32:
         # products on the ordinary cores hold both operands in registers
-        return Tiles(cut(rows, 64), cut(columns, 32), cut(width, 32), 4, 2)
-    block_a = cut(rows, 128)
-    return Tiles(block_a, cut(columns, 64), cut(width, 128), max(2, block_a // 16), 3)
+        return Tiles(min(rows, 64), min(columns, 32), min(width, 32), 8, 2)
+    # small blocks where large ones would leave processors idle
+    block_a = min(rows, 128 if samples * -(-rows // 128) >= _processors(a) else 64)
+    return Tiles(block_a, min(columns, 64), min(width, 64) if width > 128 else width, max(2, block_a // 16), 3)
+
+
+def _splits(a: Tensor, columns: int, tiles: Tiles) -> int:
+    """As many programs as the device runs at once, but two blocks of b for each at least."""
+    programs = a.shape[0] * -(-a.shape[1] // tiles.block_a)
+    return max(1, min(2 * _processors(a) // max(programs, 1), columns // (2 * tiles.block_b)))
+
+
+def _processors(on: Tensor) -> int:
+    return 1 if interpreting() else processors(on.get_device())
 
 
 def _strides(tensor: Tensor | None, unit: int = 1) -> tuple[int, ...]:
