@@ -168,7 +168,8 @@ def token_softmax(
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
-    cool = _factors(metric_inverse, n, exists) * (_coolness(temperature, learned_temperature) * LOG2E)
+    inverse = _factors(metric_inverse, n, exists)
+    cool = _coolness(temperature, learned_temperature) * LOG2E
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, M, BLOCK_M):
@@ -176,7 +177,7 @@ def token_softmax(
         products = _products(
             metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
-        scores = products * _factors(meta_inverse, m, m < M)[None, :] * cool[:, None]
+        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         scores = tl.where((m < M)[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
         total = total * tl.exp2(highest - above) + tl.sum(tl.exp2(scores - above[:, None]), 1)
@@ -228,7 +229,8 @@ def collect(
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
-    cool = _factors(meta_inverse, m, m < M) * (_coolness(temperature, learned_temperature) * LOG2E)
+    inverse = _factors(meta_inverse, m, m < M)
+    cool = _coolness(temperature, learned_temperature) * LOG2E
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for first in range(0, N, BLOCK_N):
@@ -237,7 +239,7 @@ def collect(
         products = _products(
             meta, m, m < M, meta_strides[1], metric, n, exists, metric_strides[1], F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F
         )
-        scores = products * _factors(metric_inverse, n, exists)[None, :] * cool[:, None]
+        scores = products * _factors(metric_inverse, n, exists)[None, :] * inverse[:, None] * cool
         w = tl.exp2(scores - _vector(origin, n, exists)[None, :]) * _vector(weight, n, exists)[None, :]
         w = tl.where((m < M)[:, None], w, 0.0)
         mass += tl.sum(w, 1)
@@ -330,7 +332,8 @@ def token_terms(
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
-    cool = _factors(metric_inverse, n, exists) * (_coolness(temperature, learned_temperature) * LOG2E)
+    inverse = _factors(metric_inverse, n, exists)
+    cool = _coolness(temperature, learned_temperature) * LOG2E
     base = tl.load(lse + b * lse_strides[0] + n.to(tl.int64) * lse_strides[1], mask=exists, other=0.0) * LOG2E
     total = tl.zeros([BLOCK_N], tl.float32)
     along = tl.zeros([BLOCK_N], tl.float32)
@@ -339,7 +342,7 @@ def token_terms(
         products = _products(
             metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
-        scores = products * _factors(meta_inverse, m, m < M)[None, :] * cool[:, None]
+        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         p = tl.where((m < M)[None, :], tl.exp2(scores - base[:, None]), 0.0)
         grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
@@ -394,7 +397,8 @@ def backward_x(
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
-    cool = _factors(metric_inverse, n, exists) * (_coolness(temperature, learned_temperature) * LOG2E)
+    inverse = _factors(metric_inverse, n, exists)
+    cool = _coolness(temperature, learned_temperature) * LOG2E
     base = _vector(origin + b * N, n, exists)
     own = _vector(weight + b * N, n, exists)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -403,7 +407,7 @@ def backward_x(
         products = _products(
             metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
-        scores = products * _factors(meta_inverse, m, m < M)[None, :] * cool[:, None]
+        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         # a share of the meta token's mass: at most 1, whatever the masses are
         w = tl.exp2(scores - base[:, None]) * own[:, None] * _vector(inverse_mass, m, m < M)[None, :]
         w = tl.where((m < M)[None, :], w, 0.0)
@@ -468,6 +472,7 @@ def backward_metric(
     own = _vector(weight + b * N, n, exists)
     taken = _vector(share + b * N, n, exists)
     along = tl.zeros([BLOCK_N], tl.float32)
+    warmth = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
@@ -475,12 +480,16 @@ def backward_metric(
             metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
         of_meta = _factors(meta_inverse, m, m < M)
-        similar = products * of_meta[None, :] * inverse[:, None]
-        w = tl.exp2(similar * (cool * LOG2E) - base[:, None]) * own[:, None]
+        similar = products * inverse[:, None] * of_meta[None, :]
+        below = similar * (cool * LOG2E) - base[:, None]
+        w = tl.exp2(below) * own[:, None]
         grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
         grad = tl.where((m < M)[None, :], w * (grad - taken[:, None]), 0.0)
         along += tl.sum(grad * similar, 1)
+        if grad_temperature is not None:
+            # a token's gradients sum to zero, so its scores may count from anywhere: from here they are small where weights are large
+            warmth += tl.sum(grad * below, 1)
         if grad_metric is not None:
             rows = _tile(meta, m, m < M, meta_strides[1], column, F)
             total = tl.dot((grad * of_meta[None, :]).to(rows.dtype), rows, total, input_precision=PRECISION)
@@ -492,7 +501,7 @@ def backward_metric(
         _store_tile(grad_metric + b * N * F, n, exists, F, column, total * cool, F)
     if grad_temperature is not None:
         if tl.program_id(0) % PARTS == 0:
-            tl.store(grad_temperature + block, -tl.sum(along, 0) * cool * cool)
+            tl.store(grad_temperature + block, -tl.sum(warmth, 0) * LN2 * cool)
 
 
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
@@ -556,7 +565,7 @@ def backward_meta(
         here = n < N
         products = _products(meta, m, exists, meta_strides[1], metric, n, here, metric_strides[1], F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F)
         of_metric = _factors(metric_inverse, n, here)
-        similar = products * inverse[:, None] * of_metric[None, :]
+        similar = products * of_metric[None, :] * inverse[:, None]
         w = tl.exp2(similar * (cool * LOG2E) - _vector(origin, n, here)[None, :]) * _vector(weight, n, here)[None, :]
         grad = _products(grad_out, m, exists, grad_out_strides[1], x, n, here, x_strides[1], C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C)
         grad = w * (grad * by[:, None] + (added[:, None] - _vector(share, n, here)[None, :]))
