@@ -147,7 +147,6 @@ def soft_merge_backward(
             powers=call.metric_powers,
             grad_metric=grads.metric,
             grad_temperature=temperatures,
-            PARTS=parts,
             BLOCK_O=columns,
         )
         if grads.temperature is not None and temperatures is not None:
@@ -164,7 +163,6 @@ def soft_merge_backward(
             **terms,
             powers=call.meta_powers,
             grad_meta=grads.meta,
-            PARTS=parts,
             BLOCK_O=columns,
         )
 
@@ -192,6 +190,7 @@ class _Call:
             "N": tokens,
             "M": metas,
             "F": width,
+            "WHOLE_F": width <= min(self.cut.steps, _pad(width)),
             "PRECISION": dot_precision(x.dtype),
             "BLOCK_N": self.cut.tokens,
             "BLOCK_M": self.cut.metas,
@@ -200,10 +199,12 @@ class _Call:
             "num_stages": 2,
         }
 
-    def launch(self, kernel: Any, rows: int, block: int, parts: int = 1, **arguments: Any) -> None:
-        """For every sample, block of rows and part of their columns."""
+    def launch(self, kernel: Any, rows: int, block: int, parts: int | None = None, **arguments: Any) -> None:
+        """For every sample, block of rows and, if the kernel has them, part of their columns."""
         blocks = -(-rows // block)
-        launch(kernel, self.batch * blocks * parts, self.inputs["metric"], **self.inputs, **arguments, blocks=blocks)
+        if parts is not None:
+            arguments["parts"] = parts
+        launch(kernel, self.batch * blocks * (parts or 1), self.inputs["metric"], **self.inputs, **arguments, blocks=blocks)
 
 
 def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:

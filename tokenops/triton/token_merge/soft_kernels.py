@@ -21,15 +21,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(base, rows, exists, stride, columns, WIDTH: tl.constexpr):
+def _tile(base, rows, exists, stride, columns, width):
     """Some columns of some rows, 0 outside."""
-    within = exists[:, None] & (columns < WIDTH)[None, :]
+    within = exists[:, None] & (columns < width)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=within, other=0.0)
 
 
 @triton.jit
-def _store_tile(base, rows, exists, stride, columns, tile, WIDTH: tl.constexpr):
-    within = exists[:, None] & (columns < WIDTH)[None, :]
+def _store_tile(base, rows, exists, stride, columns, tile, width):
+    within = exists[:, None] & (columns < width)[None, :]
     tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=within)
 
 
@@ -43,7 +43,8 @@ def _products(
     b_rows,
     b_exists,
     b_stride,
-    WIDTH: tl.constexpr,
+    width,
+    WHOLE: tl.constexpr,  # rows fit into one step
     PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -51,17 +52,18 @@ def _products(
 ):
     """Of every row of a with every row of b."""
     products = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-    if WIDTH <= BLOCK:
+    if WHOLE:
         # not a loop, so that the loop around it is the innermost one, whose loads are copied ahead
         columns = tl.arange(0, BLOCK)
-        rows = _tile(a, a_rows, a_exists, a_stride, columns, WIDTH)
-        others = _tile(b, b_rows, b_exists, b_stride, columns, WIDTH)
+        rows = _tile(a, a_rows, a_exists, a_stride, columns, width)
+        others = _tile(b, b_rows, b_exists, b_stride, columns, width)
         products = tl.dot(rows, tl.trans(others), products, input_precision=PRECISION)
     else:
-        for start in range(0, WIDTH, BLOCK):
+        # the width is no constant to the compiler: it would unroll the loop, and registers would spill
+        for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            rows = _tile(a, a_rows, a_exists, a_stride, columns, WIDTH)
-            others = _tile(b, b_rows, b_exists, b_stride, columns, WIDTH)
+            rows = _tile(a, a_rows, a_exists, a_stride, columns, width)
+            others = _tile(b, b_rows, b_exists, b_stride, columns, width)
             products = tl.dot(rows, tl.trans(others), products, input_precision=PRECISION)
     return products
 
@@ -108,7 +110,7 @@ def unit_rows(
     source_strides,
     N,
     blocks,
-    F: tl.constexpr,
+    F,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -153,7 +155,8 @@ def token_softmax(
     N,
     M,
     blocks,  # token blocks a sample
-    F: tl.constexpr,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -175,7 +178,7 @@ def token_softmax(
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         scores = tl.where((m < M)[None, :], scores, float("-inf"))
@@ -188,7 +191,7 @@ def token_softmax(
     tl.store(weight + at, _masses(mass, b, n, exists, mass_strides) / total, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "M", "blocks"])
+@triton.jit(do_not_specialize=["N", "M", "blocks", "parts"])
 def collect(
     x,  # [B, N, C]
     metric,  # [B, N, F]
@@ -207,8 +210,10 @@ def collect(
     N,
     M,
     blocks,  # meta blocks a sample
-    C: tl.constexpr,
-    F: tl.constexpr,
+    parts,  # channel blocks of out
+    C,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -216,9 +221,8 @@ def collect(
     BLOCK_F: tl.constexpr,
 ):
     """Some channels of a block of meta tokens."""
-    CHANNELS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNELS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    block = tl.program_id(0) // CHANNELS
+    channel = (tl.program_id(0) % parts) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     x += b * x_strides[0]
@@ -237,7 +241,7 @@ def collect(
         n = first + tl.arange(0, BLOCK_N)
         exists = n < N
         products = _products(
-            meta, m, m < M, meta_strides[1], metric, n, exists, metric_strides[1], F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F
+            meta, m, m < M, meta_strides[1], metric, n, exists, metric_strides[1], F, WHOLE_F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F
         )
         scores = products * _factors(metric_inverse, n, exists)[None, :] * inverse[:, None] * cool
         w = tl.exp2(scores - _vector(origin, n, exists)[None, :]) * _vector(weight, n, exists)[None, :]
@@ -248,7 +252,7 @@ def collect(
     empty = mass == 0.0
     total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, mass)[:, None])
     _store_tile(out + b * M * C, m, m < M, C, channel, total, C)
-    if tl.program_id(0) % CHANNELS == 0:
+    if tl.program_id(0) % parts == 0:
         tl.store(mass_out + b * M + m, mass, mask=m < M)
 
 
@@ -266,7 +270,7 @@ def meta_terms(
     mass_out_strides,
     M,
     blocks,
-    C: tl.constexpr,
+    C,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -311,8 +315,9 @@ def token_terms(
     N,
     M,
     blocks,  # token blocks a sample
-    C: tl.constexpr,
-    F: tl.constexpr,
+    C,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -340,11 +345,11 @@ def token_terms(
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         p = tl.where((m < M)[None, :], tl.exp2(scores - base[:, None]), 0.0)
-        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
+        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
         total += tl.sum(p, 1)
         along += tl.sum(p * grad, 1)
@@ -356,7 +361,7 @@ def token_terms(
     tl.store(share + at, along * by, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "M", "blocks"])
+@triton.jit(do_not_specialize=["N", "M", "blocks", "parts"])
 def backward_x(
     metric,  # [B, N, F]
     meta,  # [B, M, F]
@@ -375,8 +380,10 @@ def backward_x(
     N,
     M,
     blocks,  # token blocks a sample
-    C: tl.constexpr,
-    F: tl.constexpr,
+    parts,  # channel blocks of grad_x
+    C,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -384,9 +391,8 @@ def backward_x(
     BLOCK_F: tl.constexpr,
 ):
     """Some channels of a block of tokens."""
-    CHANNELS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNELS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    block = tl.program_id(0) // CHANNELS
+    channel = (tl.program_id(0) % parts) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < N
@@ -405,7 +411,7 @@ def backward_x(
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         # a share of the meta token's mass: at most 1, whatever the masses are
@@ -416,7 +422,7 @@ def backward_x(
     _store_tile(grad_x + b * N * C, n, exists, C, channel, total, C)
 
 
-@triton.jit(do_not_specialize=["N", "M", "blocks"])
+@triton.jit(do_not_specialize=["N", "M", "blocks", "parts"])
 def backward_metric(
     x,  # [B, N, C]
     metric,  # [B, N, F]
@@ -441,9 +447,10 @@ def backward_metric(
     N,
     M,
     blocks,  # token blocks a sample
-    PARTS: tl.constexpr,  # column blocks of grad_metric; 1 without it
-    C: tl.constexpr,
-    F: tl.constexpr,
+    parts,  # column blocks of grad_metric; 1 without it
+    C,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -452,8 +459,8 @@ def backward_metric(
     BLOCK_O: tl.constexpr,
 ):
     """Some columns of a block of tokens, and the block's part of the temperature's gradient."""
-    column = (tl.program_id(0) % PARTS) * BLOCK_O + tl.arange(0, BLOCK_O)
-    block = tl.program_id(0) // PARTS
+    column = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
+    block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < N
@@ -477,13 +484,13 @@ def backward_metric(
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
         )
         of_meta = _factors(meta_inverse, m, m < M)
         similar = products * inverse[:, None] * of_meta[None, :]
         below = similar * (cool * LOG2E) - base[:, None]
         w = tl.exp2(below) * own[:, None]
-        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
+        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
         grad = tl.where((m < M)[None, :], w * (grad - taken[:, None]), 0.0)
         along += tl.sum(grad * similar, 1)
@@ -500,11 +507,11 @@ def backward_metric(
             total = (total - along[:, None] * direction) * (inverse * _vector(powers + b * N, n, exists))[:, None]
         _store_tile(grad_metric + b * N * F, n, exists, F, column, total * cool, F)
     if grad_temperature is not None:
-        if tl.program_id(0) % PARTS == 0:
+        if tl.program_id(0) % parts == 0:
             tl.store(grad_temperature + block, -tl.sum(warmth, 0) * LN2 * cool)
 
 
-@triton.jit(do_not_specialize=["N", "M", "blocks"])
+@triton.jit(do_not_specialize=["N", "M", "blocks", "parts"])
 def backward_meta(
     x,  # [B, N, C]
     metric,  # [B, N, F]
@@ -528,9 +535,10 @@ def backward_meta(
     N,
     M,
     blocks,  # meta blocks a sample
-    PARTS: tl.constexpr,  # column blocks of grad_meta
-    C: tl.constexpr,
-    F: tl.constexpr,
+    parts,  # column blocks of grad_meta
+    C,
+    F,
+    WHOLE_F: tl.constexpr,  # metric rows fit into one step of a product
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -539,8 +547,8 @@ def backward_meta(
     BLOCK_O: tl.constexpr,
 ):
     """Some columns of a block of meta tokens."""
-    column = (tl.program_id(0) % PARTS) * BLOCK_O + tl.arange(0, BLOCK_O)
-    block = tl.program_id(0) // PARTS
+    column = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
+    block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = m < M
@@ -563,11 +571,11 @@ def backward_meta(
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         here = n < N
-        products = _products(meta, m, exists, meta_strides[1], metric, n, here, metric_strides[1], F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F)
+        products = _products(meta, m, exists, meta_strides[1], metric, n, here, metric_strides[1], F, WHOLE_F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F)
         of_metric = _factors(metric_inverse, n, here)
         similar = products * of_metric[None, :] * inverse[:, None]
         w = tl.exp2(similar * (cool * LOG2E) - _vector(origin, n, here)[None, :]) * _vector(weight, n, here)[None, :]
-        grad = _products(grad_out, m, exists, grad_out_strides[1], x, n, here, x_strides[1], C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C)
+        grad = _products(grad_out, m, exists, grad_out_strides[1], x, n, here, x_strides[1], C, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C)
         grad = w * (grad * by[:, None] + (added[:, None] - _vector(share, n, here)[None, :]))
         along += tl.sum(grad * similar, 1)
         rows = _tile(metric, n, here, metric_strides[1], column, F)
