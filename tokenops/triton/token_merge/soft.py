@@ -12,16 +12,37 @@ from tokenops.types import SoftMergeGradients
 
 # elements of the tile of a program that multiplies nothing
 TILE = 2048
+# kernels whose results are rows of meta tokens
+OF_METAS = ("collect", "backward_meta")
 
 
 class Blocks(NamedTuple):
-    """How the kernels cut their work."""
+    """How a kernel cuts its work."""
 
     tokens: int
     metas: int
-    steps: int  # of a product along rows
-    columns: int  # of a result
+    metric: int  # elements of metric rows that a product takes at a time
+    channels: int  # the same of tokens; 0 where they are not compared
+    columns: int  # of a result; 0 where results are numbers
     num_warps: int
+
+
+# (kernel, bytes of an element): the largest blocks that spill no register on any architecture that ``make gpu-check`` compiles for. None
+# was chosen by time. float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers.
+TABLE = {
+    ("token_softmax", 2): Blocks(64, 64, 64, 0, 0, 4),
+    ("collect", 2): Blocks(64, 64, 64, 0, 128, 4),
+    ("token_terms", 2): Blocks(64, 32, 64, 32, 0, 4),
+    ("backward_x", 2): Blocks(64, 32, 64, 0, 128, 4),
+    ("backward_metric", 2): Blocks(64, 32, 64, 32, 64, 4),
+    ("backward_meta", 2): Blocks(64, 32, 64, 32, 64, 4),
+    ("token_softmax", 4): Blocks(32, 32, 32, 0, 0, 4),
+    ("collect", 4): Blocks(32, 32, 32, 0, 64, 4),
+    ("token_terms", 4): Blocks(32, 32, 32, 32, 0, 4),
+    ("backward_x", 4): Blocks(32, 32, 32, 0, 64, 4),
+    ("backward_metric", 4): Blocks(32, 32, 16, 16, 32, 4),
+    ("backward_meta", 4): Blocks(32, 32, 32, 32, 32, 8),
+}
 
 
 def soft_merge(
@@ -39,24 +60,10 @@ def soft_merge(
     from tokenops.triton.token_merge import soft_kernels as kernels
 
     call = _Call(x, metric, meta, temperature, normalize)
-    batch, tokens, channels = x.shape
-    metas, cut = meta.shape[1], call.cut
+    channels = x.shape[2]
     terms = {"origin": torch.empty_like(lse), "weight": torch.empty_like(lse)}
-    call.launch(kernels.token_softmax, tokens, cut.tokens, **terms, mass=mass, mass_strides=row_strides(mass), lse=lse)
-    columns = min(cut.columns, _pad(channels))
-    call.launch(
-        kernels.collect,
-        metas,
-        cut.metas,
-        parts=-(-channels // columns),
-        **terms,
-        x=x,
-        x_strides=row_strides(x),
-        out=out,
-        mass_out=mass_out,
-        C=channels,
-        BLOCK_C=columns,
-    )
+    call.launch(kernels.token_softmax, **terms, mass=mass, mass_strides=row_strides(mass), lse=lse)
+    call.launch(kernels.collect, channels, **terms, x=x, x_strides=row_strides(x), out=out, mass_out=mass_out, C=channels)
 
 
 def soft_merge_backward(
@@ -77,7 +84,7 @@ def soft_merge_backward(
     from tokenops.triton.token_merge import soft_kernels as kernels
 
     call = _Call(x, metric, meta, temperature, normalize)
-    (batch, tokens, channels), metas, width, cut = x.shape, meta.shape[1], metric.shape[2], call.cut
+    (batch, tokens, channels), metas, width = x.shape, meta.shape[1], metric.shape[2]
     # it was rounded to x's type before it got here; products want both factors in one type
     grad_out = grad_out.to(x.dtype)
     inverse_mass, shift = torch.empty((2, batch, metas), dtype=torch.float32, device=x.device)
@@ -106,65 +113,23 @@ def soft_merge_backward(
     )
     origin, weight, share = torch.empty((3, batch, tokens), dtype=torch.float32, device=x.device)
     results = {"grad_out": grad_out, "grad_out_strides": row_strides(grad_out), "inverse_mass": inverse_mass, "C": channels}
-    tokens_too = {"x": x, "x_strides": row_strides(x), "shift": shift, "BLOCK_C": min(cut.steps, _pad(channels))}
-    terms = {"origin": origin, "weight": weight}
-    call.launch(
-        kernels.token_terms,
-        tokens,
-        cut.tokens,
-        **results,
-        **tokens_too,
-        **terms,
-        mass=mass,
-        mass_strides=row_strides(mass),
-        lse=lse,
-        lse_strides=row_strides(lse),
-        share=share,
-    )
+    terms = {"origin": origin, "weight": weight, "share": share}
+    given = {**results, "x": x, "x_strides": row_strides(x), "shift": shift}
+    masses = {"mass": mass, "mass_strides": row_strides(mass), "lse": lse, "lse_strides": row_strides(lse)}
+    call.launch(kernels.token_terms, **given, **terms, **masses)
     if grads.mass is not None:
         grads.mass.copy_(share)
-    if grads.x is not None:
-        columns = min(cut.columns, _pad(channels))
-        parts = -(-channels // columns)
-        call.launch(kernels.backward_x, tokens, cut.tokens, parts=parts, **results, **terms, grad_x=grads.x, BLOCK_C=columns)
-    terms["share"] = share
-    columns = min(cut.columns, _pad(width))
-    parts = -(-width // columns)
     if grads.metric is not None or grads.temperature is not None:
-        temperatures = None
+        parts = share.new_empty((batch, call.blocks("backward_metric")))
+        powers, columns = call.metric_powers, 1 if grads.metric is None else width
+        of = {"grad_metric": grads.metric, "grad_temperature": None if grads.temperature is None else parts}
+        call.launch(kernels.backward_metric, columns, **given, **terms, **of, powers=powers)
         if grads.temperature is not None:
-            temperatures = torch.empty((batch, -(-tokens // cut.tokens)), dtype=torch.float32, device=x.device)
-        if grads.metric is None:
-            parts = 1
-        call.launch(
-            kernels.backward_metric,
-            tokens,
-            cut.tokens,
-            parts=parts,
-            **results,
-            **tokens_too,
-            **terms,
-            powers=call.metric_powers,
-            grad_metric=grads.metric,
-            grad_temperature=temperatures,
-            BLOCK_O=columns,
-        )
-        if grads.temperature is not None and temperatures is not None:
-            torch.sum(temperatures, -1, out=grads.temperature)
+            torch.sum(parts, -1, out=grads.temperature)
     if grads.meta is not None:
-        parts = -(-width // columns)
-        call.launch(
-            kernels.backward_meta,
-            metas,
-            cut.metas,
-            parts=parts,
-            **results,
-            **tokens_too,
-            **terms,
-            powers=call.meta_powers,
-            grad_meta=grads.meta,
-            BLOCK_O=columns,
-        )
+        call.launch(kernels.backward_meta, width, **given, **terms, powers=call.meta_powers, grad_meta=grads.meta)
+    if grads.x is not None:
+        call.launch(kernels.backward_x, channels, **results, origin=origin, weight=weight, grad_x=grads.x)
 
 
 class _Call:
@@ -175,9 +140,8 @@ class _Call:
         if normalize:
             metric, metric_inverse, self.metric_powers = _unit_rows(metric)
             meta, meta_inverse, self.meta_powers = _unit_rows(meta)
-        (self.batch, tokens, width), metas = metric.shape, meta.shape[1]
+        self.metric, self.meta = metric, meta
         learned = isinstance(temperature, Tensor)
-        self.cut = _blocks(metas, x.element_size())
         self.inputs: dict[str, Any] = {
             "metric": metric,
             "meta": meta,
@@ -187,24 +151,43 @@ class _Call:
             "learned_temperature": temperature if learned else None,
             "metric_strides": row_strides(metric),
             "meta_strides": row_strides(meta),
-            "N": tokens,
-            "M": metas,
-            "F": width,
-            "WHOLE_F": width <= min(self.cut.steps, _pad(width)),
-            "PRECISION": dot_precision(x.dtype),
-            "BLOCK_N": self.cut.tokens,
-            "BLOCK_M": self.cut.metas,
-            "BLOCK_F": min(self.cut.steps, _pad(width)),
-            "num_warps": self.cut.num_warps,
+            "N": metric.shape[1],
+            "M": meta.shape[1],
+            "F": metric.shape[2],
+            "PRECISION": dot_precision(metric.dtype),
             "num_stages": 2,
         }
 
-    def launch(self, kernel: Any, rows: int, block: int, parts: int | None = None, **arguments: Any) -> None:
-        """For every sample, block of rows and, if the kernel has them, part of their columns."""
-        blocks = -(-rows // block)
-        if parts is not None:
-            arguments["parts"] = parts
-        launch(kernel, self.batch * blocks * (parts or 1), self.inputs["metric"], **self.inputs, **arguments, blocks=blocks)
+    def launch(self, kernel: Any, columns: int = 0, **arguments: Any) -> None:
+        """A program for every block of tokens, or of meta tokens, and block of the columns of the result."""
+        blocks, cut = self.blocks(kernel.__name__), self._cut(kernel.__name__)
+        parts = 1
+        if columns:
+            parts = -(-columns // cut.columns)
+            arguments |= {"parts": parts, "BLOCK_O": min(cut.columns, _pad(columns))}
+        if cut.channels:
+            arguments["BLOCK_C"] = min(cut.channels, _pad(arguments["C"]))
+        launch(
+            kernel,
+            self.metric.shape[0] * blocks * parts,
+            self.metric,
+            **self.inputs,
+            **arguments,
+            blocks=blocks,
+            WHOLE_F=self.metric.shape[2] <= cut.metric,
+            BLOCK_N=cut.tokens,
+            BLOCK_M=min(cut.metas, _pad(self.meta.shape[1])),
+            BLOCK_F=min(cut.metric, _pad(self.metric.shape[2])),
+            num_warps=cut.num_warps,
+        )
+
+    def blocks(self, kernel: str) -> int:
+        """Blocks of rows that a sample's result is cut into."""
+        cut = self._cut(kernel)
+        return -(-self.meta.shape[1] // cut.metas) if kernel in OF_METAS else -(-self.metric.shape[1] // cut.tokens)
+
+    def _cut(self, kernel: str) -> Blocks:
+        return TABLE[kernel, self.metric.element_size()]
 
 
 def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,13 +216,6 @@ def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=4,
     )
     return scaled, inverse, powers
-
-
-def _blocks(metas: int, itemsize: int) -> Blocks:
-    """The largest that spill no register on any architecture that ``make gpu-check`` compiles for; none was chosen by time."""
-    # float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers
-    cut = Blocks(64, 64, 64, 128, 4) if itemsize == 2 else Blocks(32, 32, 32, 64, 4)
-    return cut._replace(metas=min(cut.metas, _pad(metas)))
 
 
 def _pad(size: int) -> int:

@@ -217,11 +217,11 @@ def collect(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """Some channels of a block of meta tokens."""
-    channel = (tl.program_id(0) % parts) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -236,7 +236,7 @@ def collect(
     inverse = _factors(meta_inverse, m, m < M)
     cool = _coolness(temperature, learned_temperature) * LOG2E
     mass = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         exists = n < N
@@ -387,11 +387,11 @@ def backward_x(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     """Some channels of a block of tokens."""
-    channel = (tl.program_id(0) % parts) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -407,7 +407,7 @@ def backward_x(
     cool = _coolness(temperature, learned_temperature) * LOG2E
     base = _vector(origin + b * N, n, exists)
     own = _vector(weight + b * N, n, exists)
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         products = _products(
