@@ -258,6 +258,25 @@ def halt(
         tl.store(target, added, mask=written[:, None] & within)
 
 
+@triton.jit
+def _products(grad_out, grad_rows, x, rows, stride, taking, channel, C: tl.constexpr):
+    """Some channels of grad_out on the rows that take part, and their products with x."""
+    within = taking[:, None] & (channel < C)[None, :]
+    if grad_out is None:
+        grad = tl.zeros(within.shape, tl.float32)
+        return grad, grad
+    else:
+        grad = tl.load(grad_out + grad_rows[:, None] + channel[None, :], mask=within, other=0.0)
+        token = tl.load(x + rows.to(tl.int64)[:, None] * stride + channel[None, :], mask=within, other=0.0)
+        return grad, grad * token.to(tl.float32)
+
+
+@triton.jit
+def _store_block(pointer, b, strides, rows, exists, channel, C: tl.constexpr, block):
+    target = pointer + b * strides[0] + rows.to(tl.int64)[:, None] * strides[1] + channel[None, :]
+    tl.store(target, block.to(pointer.dtype.element_ty), mask=exists[:, None] & (channel < C)[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "sequences", "steps", "blocks"])
 def halt_backward(
     x,  # [B, N, C]
@@ -309,36 +328,30 @@ def halt_backward(
         grad_rows = sample.to(tl.int64) * grad_out_strides[0]
     else:
         grad_rows = b * grad_out_strides[0] + rows.to(tl.int64) * grad_out_strides[1]
-    offsets = rows.to(tl.int64)[:, None]
     products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
+    for start in range(BLOCK_C, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        within = (channel < C)[None, :]
-        grad = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        if grad_out is not None:
-            grad = tl.load(grad_out + grad_rows[:, None] + channel[None, :], mask=taking[:, None] & within, other=0.0)
-            token = tl.load(x + offsets * x_strides[1] + channel[None, :], mask=taking[:, None] & within, other=0.0)
-            products += grad * token.to(tl.float32)
+        grad, product = _products(grad_out, grad_rows, x, rows, x_strides[1], taking, channel, C)
+        products += product
         if new_grad_x is not None:
-            target = new_grad_x + b * grad_x_strides[0] + offsets * grad_x_strides[1] + channel[None, :]
-            tl.store(target, (weight[:, None] * grad).to(new_grad_x.dtype.element_ty), mask=exists[:, None] & within)
-    grad_weight = tl.sum(products, 1)
+            _store_block(new_grad_x, b, grad_x_strides, rows, exists, channel, C, weight[:, None] * grad)
+    # the first channels come last: the gradient of channel 0 takes the products of all
+    channel = tl.arange(0, BLOCK_C)
+    grad, product = _products(grad_out, grad_rows, x, rows, x_strides[1], taking, channel, C)
+    grad_weight = tl.sum(products + product, 1)
     of_remain = _of_rows(grad_remain, b, row_strides[1], rows, exists, 0.0)
+    if new_grad_x is not None:
+        of_x = weight[:, None] * grad
+        if not LAST:
+            of_h = _of_rows(grad_cum, b, row_strides[0], rows, exists, 0.0) - tl.where(going, of_remain, 0.0)
+            of_h += tl.where(going & was, grad_weight, 0.0)
+            of_gate = tl.where(inside, scale * h * (1.0 - h) * of_h, 0.0)
+            of_x += tl.where((channel == 0)[None, :], of_gate[:, None], 0.0)
+        _store_block(new_grad_x, b, grad_x_strides, rows, exists, channel, C, of_x)
     if new_grad_remain is not None:
         of_rho = _of_rows(grad_rho, b, row_strides[2], rows, exists, 0.0)
         of_old = of_remain + tl.where(reached, of_rho + grad_weight, 0.0)
         _store_of_rows(new_grad_remain, b, row_strides[6], rows, exists, of_old)
-    if new_grad_x is not None:
-        if not LAST:
-            of_h = _of_rows(grad_cum, b, row_strides[0], rows, exists, 0.0) - tl.where(going, of_remain, 0.0)
-            of_h += tl.where(going & was, grad_weight, 0.0)
-            channel_0 = scale * h * (1.0 - h) * of_h
-            if grad_out is not None:
-                channel_0 += weight * tl.load(grad_out + grad_rows, mask=taking, other=0.0)
-            # written a second time: other threads wrote it first
-            tl.debug_barrier()
-            target = new_grad_x + b * grad_x_strides[0] + rows.to(tl.int64) * grad_x_strides[1]
-            tl.store(target, channel_0.to(new_grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
