@@ -137,7 +137,7 @@ def check_pairs(problem: PairProblem) -> None:
         ValueError: a row that takes part is not finite, or its scale is NaN.
     """
     for name, x, scale, mask in (("a", problem.a, problem.a_scale, problem.a_mask), ("b", problem.b, problem.b_scale, problem.b_mask)):
-        _check_rows(name, x, mask)
+        check_rows(name, x, mask)
         _check_scale(f"{name}_scale", scale, mask)
 
 
@@ -152,12 +152,13 @@ def check_metric(problem: MatchProblem) -> None:
     if len(unknown) > 0:
         at = unknown[0].tolist()
         raise ValueError(f"scheme must hold roles in [0, {int(max(Role))}], got {int(role[tuple(at)])} at position {at}")
-    _check_rows("metric", problem.metric, (role & Role.BOTH) > 0)
+    check_rows("metric", problem.metric, (role & Role.BOTH) > 0)
     _check_scale("source_scale", problem.source_scale, (role & Role.SOURCE) > 0)
     _check_scale("destination_scale", problem.destination_scale, (role & Role.DESTINATION) > 0)
 
 
-def _check_rows(name: str, x: Tensor, mask: Tensor | None) -> None:
+def check_rows(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse a row of x [B, N, C] that takes part and is not finite."""
     bad = ~x.isfinite().all(-1)
     if mask is not None:
         bad = bad & mask
