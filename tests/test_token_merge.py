@@ -166,6 +166,16 @@ def test_zero_rows_are_like_nothing(backend: str, device: str) -> None:
     assert torch.equal(index, torch.zeros_like(index))
 
 
+def test_an_infinite_scale_is_none_of_a_zero_row(backend: str, device: str) -> None:
+    a, zeros, infinite = normal(1, 5, 8).to(device), torch.zeros(1, 7, 8, device=device), torch.full((1, 7), torch.inf, device=device)
+    best, index = tokenops.pairwise_argmax(a, zeros, b_scale=infinite, backend=backend)
+    assert (best == -torch.inf).all()
+    assert (index == -1).all()
+    best, index = tokenops.pairwise_argmax(zeros, a, a_scale=infinite, backend=backend)
+    assert best.isnan().all()
+    assert index.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("factor", [1e-38, 1e-20, 1e18, 1e37])
 def test_lengths_neither_overflow_nor_vanish(factor: float, backend: str, device: str) -> None:
     a, b = normal(1, 9, 16).to(device), normal(1, 20, 16, seed=1).to(device)
@@ -340,6 +350,19 @@ def test_tokens_without_size_weigh_nothing(backend: str, device: str) -> None:
     assert out.tolist() == [[8.0, 0.0, 0.0]]
     out.sum().backward()
     assert x.grad.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+def test_sizes_may_be_denormal(backend: str, device: str) -> None:
+    plan = tokenops.plan_from_slots(torch.tensor([[0, 0, 0, 1]], device=device), 2, backend=backend)
+    x = normal(1, 4, 24).to(device).requires_grad_()
+    size = torch.tensor([[1.0, 2.0, 3.0, 1.0]], device=device)
+    out = tokenops.merge_tokens(x, plan, size=size * 2.0**-145, backend=backend)
+    expected = tokenops.merge_tokens(x, plan, size=size, backend=backend)
+    # products with such sizes keep few bits
+    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+    grad = normal(1, 2, 24, seed=1).to(device)
+    got, want = (torch.autograd.grad(merged, x, grad)[0] for merged in (out, expected))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("form", ["B1", "N", "1N", "BN1"])
@@ -517,6 +540,29 @@ def test_a_meta_token_without_mass_is_zero(backend: str, device: str) -> None:
     grads = torch.autograd.grad((merged, got), [*have.values(), mass], (torch.ones_like(merged), torch.ones_like(got)))
     assert all(grad.isfinite().all() for grad in grads)
     torch.testing.assert_close(grads[-1], torch.ones_like(mass))
+
+
+def test_a_mass_may_be_denormal(backend: str, device: str) -> None:
+    # a meta token that resembles no token gets next to nothing, and is still a mean of rows
+    metric = torch.zeros(1, 40, 8)
+    metric[..., 0] = 1.0
+    metric[..., 1] = torch.arange(40) * 0.01
+    meta = torch.zeros(1, 3, 8)
+    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
+    call = {"x": normal(1, 40, 24), "metric": metric, "meta": meta, "temperature": torch.tensor(0.1)}
+    have = {name: x.to(device).requires_grad_() for name, x in call.items()}
+    want = {name: x.double().requires_grad_() for name, x in call.items()}
+    weak = 1e-36
+    merged, mass = tokenops.soft_merge(**have, mass=torch.full((1, 40), weak, device=device), backend=backend)
+    assert 0.0 < mass[0, 2].item() < 2.0**-128
+    expect_merged, _ = tokenops.soft_merge(**want, mass=torch.full((1, 40), weak).double(), backend="reference")
+    torch.testing.assert_close(merged.cpu().double(), expect_merged, rtol=1e-3, atol=1e-3)
+    grad = normal(1, 3, 24, seed=3)
+    got = torch.autograd.grad(merged, list(have.values()), grad.to(device))
+    expected = torch.autograd.grad(expect_merged, list(want.values()), grad.double())
+    for one, other in zip(got, expected, strict=True):
+        # what cancels is as large as the largest of them
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_nothing_to_merge_softly(backend: str, device: str) -> None:

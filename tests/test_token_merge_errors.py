@@ -10,7 +10,7 @@ from token_merge_oracle import random_plan
 from torch import Tensor
 
 import tokenops
-from tokenops import Window
+from tokenops import Window, native
 from tokenops.types import Role
 
 METRIC = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
@@ -439,16 +439,25 @@ def test_soft_merge_refuses(name: str) -> None:
     [
         ({"mass": but(torch.ones(2, 20), (1, 4), -0.5)}, r"mass must not be negative, got -0.5 at position \[1, 4\]"),
         ({"mass": but(torch.ones(2, 20), (0, 4), torch.nan)}, r"mass must not be negative, got nan at position \[0, 4\]"),
+        ({"temperature": torch.tensor(-1.0)}, "temperature must be positive, got -1.0"),
         ({"metric": but(METRIC, (1, 3, 2), torch.nan)}, r"metric must be finite, got nan in row \[1, 3\]"),
         ({"meta": but(META, (0, 4, 2), torch.inf)}, r"meta must be finite, got inf in row \[0, 4\]"),
-        ({"temperature": torch.tensor(-1.0)}, "temperature must be positive, got -1.0"),
     ],
-    ids=["negative mass", "NaN mass", "NaN metric", "infinite meta", "learned temperature"],
+    ids=["negative mass", "NaN mass", "learned temperature", "NaN metric", "infinite meta"],
 )
 def test_soft_merge_refuses_contents(change: dict[str, Tensor], message: str, backend: str, device: str) -> None:
     call = {"x": X, "metric": METRIC, "meta": META, "temperature": torch.tensor(0.5), **change}
     with pytest.raises(ValueError, match=message):
         tokenops.soft_merge(**{key: x.to(device) for key, x in call.items()}, backend=backend)
+
+
+def test_the_cpu_kernel_refuses_a_negative_r_by_itself() -> None:
+    if native.CPU_ABSENT:
+        pytest.skip(native.CPU_ABSENT)
+    lists = [torch.empty(shape, dtype=torch.int32) for shape in ((2, 20), (2,), (2, 20), (2, 21))]
+    rest = (None, False, False, None, 0, 0, 0, 0, None, None, -1, None, True, "")
+    with pytest.raises(RuntimeError, match="r must not be negative, got -1"):
+        torch.ops.tokenops.token_merge_cpu_match(*lists, METRIC, *rest)
 
 
 def test_a_named_backend_says_why_it_cannot() -> None:

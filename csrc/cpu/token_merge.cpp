@@ -105,7 +105,9 @@ void check_side(const char* name, const Tensor& grid, const OptionalTensor& scal
 Pairs pairs_of(const Tensor& a, bool normalize, bool windowed, int64_t t_low, int64_t t_high, int64_t reach_y, int64_t reach_x) {
   const int64_t width = a.size(2);
   STD_TORCH_CHECK(width > 0 && width % 8 == 0, "the width of what is compared must be a multiple of 8, got ", width);
-  return {storage_of("what is compared", a), width, normalize, windowed, t_low, t_high, reach_y, reach_x};
+  // two places are less than this apart, and so far beyond nothing overflows
+  const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
+  return {storage_of("what is compared", a), width, normalize, windowed, held(t_low), held(t_high), held(reach_y), held(reach_x)};
 }
 
 // after(sample) runs once all its rows have their pair, on the thread that found the last of them
@@ -195,6 +197,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   const Pairs p = pairs_of(metric, normalize, windowed, t_low, t_high, reach_y, reach_x);
   const NewPlan plan(slot, count, order, offsets, batch, tokens);
   if (role) check_per_token("role", *role, ScalarType::Char, batch, tokens);
+  STD_TORCH_CHECK(r.value_or(0) >= 0, "r must not be negative, got ", r.value_or(0));
   const auto role_of = [&](int64_t s, int64_t i) -> int8_t {
     if (role) return sample_of<int8_t>(*role, s)[i * role->stride(1)];
     if ((i == 0 && class_token) || (i == 1 && distill_token)) return 0;

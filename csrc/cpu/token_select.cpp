@@ -19,8 +19,6 @@
 namespace tokenops {
 namespace {
 
-constexpr int64_t kPiecesPerThread = 4;
-
 // calls work(first, last) for stretches of [0, rows), none shorter than it is worth
 template <class Work>
 void in_stretches(int64_t rows, int64_t shortest, const Work& work) {
@@ -44,6 +42,7 @@ int64_t select(Tensor index, Tensor count, Tensor score, std::optional<double> t
   check_dtype("count", count, ScalarType::Int);
   STD_TORCH_CHECK(tokens < INT32_MAX, "score must have fewer than 2^31 - 1 tokens");
   STD_TORCH_CHECK(0 <= protect && protect <= std::min(k, tokens), "protect must be in [0, min(k, N)], got ", protect);
+  STD_TORCH_CHECK(!threshold || *threshold == *threshold, "threshold must not be NaN");
   const Storage storage = storage_of("score", score);
   const char* scores = static_cast<const char*>(score.const_data_ptr());
   int32_t *ids = index.mutable_data_ptr<int32_t>(), *counts = count.mutable_data_ptr<int32_t>();

@@ -157,7 +157,8 @@ def check_metric(problem: MatchProblem) -> None:
     _check_scale("destination_scale", problem.destination_scale, (role & Role.DESTINATION) > 0)
 
 
-def check_rows(name: str, x: Tensor, mask: Tensor | None) -> None:
+def check_rows(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse a row of x [B, N, C] that takes part and is not finite."""
     bad = ~x.isfinite().all(-1)
     if mask is not None:
         bad = bad & mask
