@@ -298,8 +298,9 @@ def test_compose_refuses() -> None:
         (3, -1, "layers must not be negative, got -1"),
         (-3, 2, r"r must not be negative in any layer, got \[-3, -3\]"),
         ([1, 2, 3], 2, "r must have at most 2 numbers, one for each layer, got 3"),
-        ((4, 2.0), 3, "r must not be negative in any layer"),
-        ((4, -2), 3, r"r must not be negative in any layer, got \[4, -2, 0\]"),
+        ((4, 2.0), 3, r"r must be .* or \(r, inflection\) with an inflection in \[-1, 1\], got \(4, 2.0\)"),
+        ((4, 1, 0), 3, r"r must be a number, a list of numbers or \(r, inflection\)"),
+        ([4, -2], 3, r"r must not be negative in any layer, got \[4, -2, 0\]"),
     ],
     ids=str,
 )

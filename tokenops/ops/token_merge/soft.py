@@ -39,8 +39,8 @@ def soft_merge(
     meta tokens with a mass are our reading of Feng et al., "STTM", 2023.
 
     Raises:
-        ValueError: sizes, ranks or devices disagree, metric or meta is not finite, a mass is negative or NaN, the temperature is not
-            positive (contents of tensors are checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        ValueError: sizes, ranks or devices disagree, a row of metric or meta is not finite, a mass is negative or NaN, the temperature
+            is not positive (contents of tensors are checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
         RuntimeError: the result is differentiated twice.
