@@ -123,9 +123,10 @@ def test_every_kth_token_receives(golden: Golden, backend: str, device: str) -> 
 @pytest.mark.parametrize("golden", GOLDEN["schedules"], ids=lambda golden: f"{golden['r']} in {golden['layers']} layers")
 def test_schedules(golden: Golden) -> None:
     assert tokenops.merge_schedule(golden["r"], golden["layers"]) == golden["numbers"]
-    if isinstance(golden["r"], tuple):
-        # a whole number is an inflection too
-        assert tokenops.merge_schedule((16, -1), 12) == tokenops.merge_schedule((16, -1.0), 12)
+
+
+def test_an_inflection_may_be_a_whole_number() -> None:
+    assert tokenops.merge_schedule((16, -1), 12) == tokenops.merge_schedule((16, -1.0), 12)
 
 
 @pytest.mark.parametrize("golden", GOLDEN["attention"], ids=lambda golden: f"{golden['heads']} heads")
