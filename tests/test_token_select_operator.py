@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import tokenops
+from tokenops import native
 from tokenops.types import HaltState
 
 ops = torch.ops.tokenops
@@ -274,3 +275,11 @@ def test_a_backend_that_objects_says_why() -> None:
         tokenops.halt_tokens(x.mT, scale=1.0, center=0.0, backend="cpu")
     with pytest.raises(NotImplementedError, match="triton: runs on a GPU, got CPU tensors"):
         tokenops.pack_tokens(x, torch.tensor([0]), backend="triton")
+
+
+def test_the_cpu_kernel_refuses_a_threshold_that_is_no_number() -> None:
+    if native.CPU_ABSENT:
+        pytest.skip(native.CPU_ABSENT)
+    index, count = torch.empty(1, 4, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="threshold must not be NaN"):
+        torch.ops.tokenops.token_select_cpu_select(index, count, torch.zeros(1, 9), float("nan"), 0, "")

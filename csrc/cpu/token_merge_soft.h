@@ -229,8 +229,8 @@ float sum_element(const float* parts, int64_t at, int64_t part, int64_t count) {
   return sum;
 }
 
-// What rows are divided by: no reciprocal, which overflows where a meta token resembles nothing and has a denormal mass. No mass: zeros.
-float divisor_of(float mass) { return mass == 0.f ? __builtin_inff() : mass; }
+// What rows are divided by: no reciprocal, which overflows where a meta token resembles nothing and has a denormal mass.
+float divisor_of(float mass) { return mass == 0.f ? 1.f : mass; }
 
 void soft_results(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count) {
   const int64_t width = padded_width(p), part = soft_part(p), masses = padded_metas(p) * width;
@@ -240,29 +240,32 @@ void soft_results(const SoftMerge& p, const SoftSample& s, float* parts, int64_t
     // the first part has been read by then, and is no longer needed
     float* row = parts + m * width;
     sum_row(row, parts, m * width, part, count, width);
-    for (int64_t c = 0; c < width; c += kLanes) store<kLanes>(row + c, load<kLanes>(row + c) / by);
+    for (int64_t c = 0; c < width; c += kLanes) store<kLanes>(row + c, mass == 0.f ? VecF<kLanes>{} : load<kLanes>(row + c) / by);
     write_row(s.out + m * s.out_row, row, p.width);
   }
 }
 
 // ---- backward ----
 
-// gradient of the rows out [padded metas][padded width], its part along the row itself, gradient of the masses, what rows were divided by
-// [padded metas] each
-int64_t soft_prepared(const SoftMerge& p) { return soft_part(p) + 2 * padded_metas(p); }
+// Gradient of the rows out [padded metas][padded width], what comes from elsewhere [padded metas], divisors [padded metas]. A weight's
+// gradient is (<grad_out, x> + the second) / divisor: a weight may be as small as its mass, so the two are divided first.
+int64_t soft_prepared(const SoftMerge& p) { return soft_part(p) + padded_metas(p); }
 // gradient of the directions [padded metas][padded metric], its part along the direction [padded metas], temperature [1]
 int64_t soft_backward_part(const SoftMerge& p) { return padded_metas(p) * (padded_metric(p) + 1) + kLanes; }
 
 void prepare_sample(const SoftMerge& p, const SoftSample& s, float* prepared) {
   const int64_t width = padded_width(p);
-  float *along = prepared + padded_metas(p) * width, *masses = along + padded_metas(p), *divisors = masses + padded_metas(p);
+  float *masses = prepared + padded_metas(p) * width, *divisors = masses + padded_metas(p);
   memset(prepared, 0, soft_prepared(p) * sizeof(float));
-  for (int64_t m = 0; m < padded_metas(p); ++m) divisors[m] = divisor_of(m < p.metas ? s.mass_out[m] : 0.f);
-  for (int64_t m = 0; m < p.metas; ++m) {
+  for (int64_t m = 0; m < padded_metas(p); ++m) {
+    divisors[m] = divisor_of(m < p.metas ? s.mass_out[m] : 0.f);
+    if (m >= p.metas) continue;
     const float *grad = s.grad_out + m * s.grad_out_row, *out = s.out + m * s.out_row;
+    masses[m] = s.grad_mass_out[m] * divisors[m];
+    // nothing depends on the row of a meta token without mass
+    if (s.mass_out[m] == 0.f) continue;
     memcpy(prepared + m * width, grad, p.width * sizeof(float));
-    along[m] = dot_rows(grad, out, p.width);
-    masses[m] = s.grad_mass_out[m];
+    masses[m] -= dot_rows(grad, out, p.width);
   }
 }
 
@@ -295,8 +298,7 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
                           char* memory) {
   constexpr int L = kLanes;
   const int64_t metas = padded_metas(p), width = padded_width(p), metric = padded_metric(p);
-  const float *grad_out = prepared, *grad_along = grad_out + metas * width, *grad_masses = grad_along + metas,
-              *divisors = grad_masses + metas;
+  const float *grad_out = prepared, *grad_masses = grad_out + metas * width, *divisors = grad_masses + metas;
   float *directions = part, *along_metas = part + metas * metric, *temperature = along_metas + metas;
   SoftBackwardScratch scratch(Arena{memory}, p);
   memset(part, 0, soft_backward_part(p) * sizeof(float));
@@ -325,11 +327,10 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) {
           const int64_t at = ((m + r) * V + v) * L;
-          // A weight may be as small as its mass: their ratio comes first. grad: that of the weight, times the weight.
           const VecF<L> weight = exp2<L, 5>(load<L>(logits + at) - lse[v]), ratio = weight / divisors[m + r];
-          const VecF<L> grad = ratio * (tile[r][v] - grad_along[m + r]) + weight * grad_masses[m + r];
-          total[v] += weight, share[v] += grad;
-          store<L>(weights + at, weight), store<L>(grads + at, grad);
+          const VecF<L> grad = tile[r][v] + grad_masses[m + r];
+          total[v] += weight, share[v] += ratio * grad;
+          store<L>(weights + at, ratio), store<L>(grads + at, grad);
         }
     }
     for (int v = 0; v < V; ++v) {
@@ -350,10 +351,11 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
       VecF<L> along_meta{};
       for (int v = 0; v < V; ++v) {
         const int64_t at = (m * V + v) * L;
-        const VecF<L> weight = load<L>(weights + at), grad = (load<L>(grads + at) - weight * share[v]) * mass[v] * cool;
+        const VecF<L> weight = load<L>(weights + at) * mass[v];
+        const VecF<L> grad = weight * (load<L>(grads + at) - divisors[m] * share[v]) * cool;
         const VecF<L> similar = load<L>(logits + at) * (kLn2 * p.temperature);
         along[v] += grad * similar, along_meta += grad * similar;
-        store<L>(weights + at, weight / divisors[m] * mass[v]), store<L>(grads + at, grad);
+        store<L>(weights + at, weight), store<L>(grads + at, grad);
       }
       along_metas[m] += sum_lanes(along_meta);
     }

@@ -81,7 +81,8 @@ inline const char* name_of(Storage storage) {
 class Comparison {
  public:
   Comparison(const char* what, const Numbers& got) : what_(what), got_(got), seen_(got.count()) {}
-  void expect(int64_t at, double wanted) {
+  // size: of the terms that add up to what is wanted, where they may cancel, as a root of their squares
+  void expect(int64_t at, double wanted, double size = 0) {
     const double got = got_.get(at);
     seen_[at] = true;
     ++count_;
@@ -89,7 +90,7 @@ class Comparison {
       wrong_ |= !(got == wanted);
     } else {
       error_ += (got - wanted) * (got - wanted);
-      norm_ += wanted * wanted;
+      norm_ += std::max(wanted * wanted, size * size);
     }
   }
   // everything that was not expected still holds its mark, and the number before the first one too

@@ -433,7 +433,7 @@ bool soft_is_right(const TokenMergeLoops& loops) {
   Comparison for_meta("gradient of meta", grad_meta.numbers), for_mass("gradient of mass", grad_mass);
   Comparison for_heat("gradient of temperature", grad_temperature);
   std::vector<double> of_cosine(n * m);
-  double heat = 0;
+  double heat = 0, heat_squares = 0;
   for (int64_t i = 0; i < n; ++i) {
     std::vector<double> slope(m);
     double all = 0;
@@ -445,7 +445,8 @@ bool soft_is_right(const TokenMergeLoops& loops) {
     if (want_mass) for_mass.expect(i, all);
     for (int64_t j = 0; j < m; ++j) {
       of_cosine[i * m + j] = share[i * m + j] * mass.get(i) * (slope[j] - all) / temperature;
-      heat -= of_cosine[i * m + j] * cosine[i * m + j] / temperature;
+      const double warmth = of_cosine[i * m + j] * cosine[i * m + j] / temperature;
+      heat -= warmth, heat_squares += warmth * warmth;
     }
     for (int64_t c = 0; c < width && want_x; ++c) {
       double sum = 0;
@@ -466,7 +467,7 @@ bool soft_is_right(const TokenMergeLoops& loops) {
   };
   if (want_metric) directions(metric, meta, true, for_metric, grad_metric);
   if (want_meta) directions(meta, metric, false, for_meta, grad_meta);
-  if (want_heat) for_heat.expect(0, heat);
+  if (want_heat) for_heat.expect(0, heat, sqrt(heat_squares));
   right &= for_x.holds(storage) & for_metric.holds(storage) & for_meta.holds(storage);
   return right & for_mass.holds(storage) & for_heat.holds(storage);
 }
