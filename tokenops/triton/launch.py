@@ -72,3 +72,8 @@ def power_of_two(size: int) -> int:
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:
     """Of [B, N, ...] the first two, under which one sample serves all; of [S, C], too, the first is a sample's."""
     return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
