@@ -176,6 +176,7 @@ def _best_of_columns(
     b_end,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SHRINK: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -195,7 +196,7 @@ def _best_of_columns(
             other = _columns(b, ids, exists, b_stride, 0, C, BLOCK_C, UNIT)
             if SHRINK:
                 other = _shrunk(other, tl.load(b_shrink + slots))
-            score = tl.dot(whole, other.T, input_precision="ieee")
+            score = tl.dot(whole, other.T, input_precision=PRECISION)
         else:
             score = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
             for start in range(0, C, BLOCK_C):
@@ -204,7 +205,7 @@ def _best_of_columns(
                 if SHRINK:
                     part = _shrunk(part, a_shrink)
                     other = _shrunk(other, tl.load(b_shrink + slots))
-                score = tl.dot(part, other.T, score, input_precision="ieee")
+                score = tl.dot(part, other.T, score, input_precision=PRECISION)
         score *= tl.load(b_factor + slots)[None, :]
         better = score > best
         if near is not None:
@@ -269,6 +270,7 @@ def search(
     id_step,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -333,22 +335,22 @@ def search(
     if a_shrink is None:
         value, met = _best_of_columns(
             a, b, ids, takes_part, None, b_rows, b_factor, None, b_place, a_strides[1], b_strides[1], b_place_strides,
-            near, first, last, NB, b_end, C, UNIT, False, BLOCK_A, BLOCK_B, BLOCK_C,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, False, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
     elif not DIRECT:
         value, met = _best_of_columns(
             a, b, ids, takes_part, shrink, b_rows, b_factor, b_shrink, b_place, a_strides[1], b_strides[1], b_place_strides,
-            near, first, last, NB, b_end, C, UNIT, True, BLOCK_A, BLOCK_B, BLOCK_C,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, True, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
     elif odd == 0:
         value, met = _best_of_columns(
             a, b, ids, takes_part, None, b_rows, b_factor, None, b_place, a_strides[1], b_strides[1], b_place_strides,
-            near, first, last, NB, b_end, C, UNIT, False, BLOCK_A, BLOCK_B, BLOCK_C,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, False, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
     else:
         value, met = _best_of_columns(
             a, b, ids, takes_part, shrink, b_rows, b_factor, b_shrink, b_place, a_strides[1], b_strides[1], b_place_strides,
-            near, first, last, NB, b_end, C, UNIT, True, BLOCK_A, BLOCK_B, BLOCK_C,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, True, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
 
     greatest = tl.max(value, 1)

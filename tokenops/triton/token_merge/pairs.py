@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import interpreting, launch, power_of_two, processors
+from tokenops.triton.launch import dot_precision, interpreting, launch, power_of_two, processors
 from tokenops.types import PairProblem, Window
 
 
@@ -104,6 +104,7 @@ def launch_search(
         id_step=id_step,
         C=width,
         UNIT=unit,
+        PRECISION=dot_precision(a.x.dtype),
         BLOCK_A=tiles.block_a,
         BLOCK_B=tiles.block_b,
         BLOCK_C=tiles.block_c,
@@ -193,8 +194,8 @@ def _tiles(a: Tensor, columns: int, window: bool) -> Tiles:
     rows, columns, width = (max(16, power_of_two(size)) for size in (rows, columns, width))
     if a.dtype == torch.float32:
         # products on the ordinary cores hold both operands in registers
-        block_a = min(rows, 64)
-        return Tiles(block_a, min(columns, 32), min(width, 32), block_a // 16, 1 if window and width > 32 else 2)
+        block_a = min(rows, 32 if window else 64)
+        return Tiles(block_a, min(columns, 32), min(width, 16 if window else 32), 4 if block_a > 16 else 1, 2)
     # small blocks where large ones would leave processors idle
     block_a = min(rows, 128 if samples * -(-rows // 128) >= _processors(a) else 64)
     # places, and rows too wide to be held whole, take the registers of half a block
