@@ -114,7 +114,11 @@ def each_gradient_of_soft_merging_alone() -> None:
 
 @CHECKS.add
 def lengths_neither_overflow_nor_vanish() -> None:
-    for dtype, factors in ((torch.float32, (1e-38, 1e-25, 1e18, 1e37)), (torch.bfloat16, (2.0**-120, 2.0**120)), (torch.float16, (2.0**13,))):
+    for dtype, factors in (
+        (torch.float32, (1e-38, 1e-25, 1e18, 1e37)),
+        (torch.bfloat16, (2.0**-120, 2.0**120)),
+        (torch.float16, (2.0**13,)),
+    ):
         plain = _problem(dtype=dtype)
         given = _gradients_of_results(plain)
         want = _run(plain, *given)

@@ -184,13 +184,15 @@ def order_tokens(
     rows = asking - N
     own = tl.load(key + b * N + asking, mask=is_token, other=0)
     limit = tl.where(is_token, own, 2 * rows)
-    before = tl.zeros([BLOCK], tl.int32)
+    # one count for each column of a tile, to be added up once
+    counts = tl.zeros([BLOCK, BLOCK_N], tl.int32)
     for start in range(0, N, BLOCK_N):
         ids = start + tl.arange(0, BLOCK_N)
         keys = tl.load(key + b * N + ids, mask=ids < N, other=HIGHEST)
         # of equal keys those with a lower id
         lower = (ids[None, :] < asking[:, None]) & is_token[:, None]
-        before += tl.sum((keys[None, :] < limit[:, None] + lower.to(tl.int32)).to(tl.int32), 1)
+        counts += (keys[None, :] < limit[:, None] + lower.to(tl.int32)).to(tl.int32)
+    before = tl.sum(counts, 1)
     tl.store(order + b * N + before, tl.where(own < 2 * n_out, asking, -1), mask=is_token)
     tl.store(offsets + b * (n_out + 1) + rows, before, mask=~is_token & (rows <= n_out))
 

@@ -84,7 +84,7 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
         n_out=n_out,
         blocks=blocks,
         BLOCK=block,
-        BLOCK_N=64,
+        BLOCK_N=128,
         num_warps=4,
     )
     if is_slot:
@@ -179,4 +179,4 @@ def _side(problem: MatchProblem, ids: Ids, scale: Tensor | None) -> Side:
 
 
 def _block(tokens: int) -> int:
-    return min(2048, max(128, power_of_two(tokens)))
+    return min(1024, max(128, power_of_two(tokens)))
