@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 CASES = [
     *(Match(listed=listed, window=window) for listed in (False, True) for window in (False, True)),
-    Match(1568, None, torch.float32, listed=True, window=True),
+    *(Match(1568, r, torch.float32, listed=True, window=True) for r in (300, None)),
     Match(4096, 2000, torch.float16, listed=True),
     *(Plan(tokens, is_slot) for tokens in (10, 197, 1569, 20000) for is_slot in (False, True)),
     *(Plan(is_slot=is_slot, dtype=torch.int64) for is_slot in (False, True)),

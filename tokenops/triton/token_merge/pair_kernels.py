@@ -176,6 +176,7 @@ def _best_of_columns(
     b_end,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SHRINK: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -195,7 +196,7 @@ def _best_of_columns(
             other = _columns(b, ids, exists, b_stride, 0, C, BLOCK_C, UNIT)
             if SHRINK:
                 other = _shrunk(other, tl.load(b_shrink + slots))
-            score = tl.dot(whole, other.T, input_precision="ieee")
+            score = tl.dot(whole, other.T, input_precision=PRECISION)
         else:
             score = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
             for start in range(0, C, BLOCK_C):
@@ -204,7 +205,7 @@ def _best_of_columns(
                 if SHRINK:
                     part = _shrunk(part, a_shrink)
                     other = _shrunk(other, tl.load(b_shrink + slots))
-                score = tl.dot(part, other.T, score, input_precision="ieee")
+                score = tl.dot(part, other.T, score, input_precision=PRECISION)
         score *= tl.load(b_factor + slots)[None, :]
         better = score > best
         if near is not None:
@@ -269,6 +270,7 @@ def search(
     id_step,
     C: tl.constexpr,
     UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -319,28 +321,37 @@ def search(
     first += share * length
     last = tl.minimum(last, first + length)
 
+    # float32 tiles pass through registers anyway; tiles of half types go from memory to the tensor cores wherever their numbers are usual
+    DIRECT: tl.constexpr = a.dtype.element_ty != tl.float32
+    odd = 0
+    if a_shrink is not None:
+        b_shrink += sample * b_blocks * BLOCK_B
+        shrink = tl.load(a_shrink + sample * a_blocks * BLOCK_A + slots)
+        if DIRECT:
+            odd = tl.load(a_unusual + sample * a_blocks + block)
+            for start in range(first, last, CHUNK):
+                at = start + tl.arange(0, CHUNK)
+                odd = tl.maximum(odd, tl.max(tl.load(b_unusual + sample * b_blocks + at, mask=at < last, other=0), 0))
     if a_shrink is None:
         value, met = _best_of_columns(
             a, b, ids, takes_part, None, b_rows, b_factor, None, b_place, a_strides[1], b_strides[1], b_place_strides,
-            near, first, last, NB, b_end, C, UNIT, False, BLOCK_A, BLOCK_B, BLOCK_C,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, False, BLOCK_A, BLOCK_B, BLOCK_C,
+        )  # fmt: skip
+    elif not DIRECT:
+        value, met = _best_of_columns(
+            a, b, ids, takes_part, shrink, b_rows, b_factor, b_shrink, b_place, a_strides[1], b_strides[1], b_place_strides,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, True, BLOCK_A, BLOCK_B, BLOCK_C,
+        )  # fmt: skip
+    elif odd == 0:
+        value, met = _best_of_columns(
+            a, b, ids, takes_part, None, b_rows, b_factor, None, b_place, a_strides[1], b_strides[1], b_place_strides,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, False, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
     else:
-        odd = tl.load(a_unusual + sample * a_blocks + block)
-        for start in range(0, last, CHUNK):
-            at = start + tl.arange(0, CHUNK)
-            odd = tl.maximum(odd, tl.max(tl.load(b_unusual + sample * b_blocks + at, mask=at < last, other=0), 0))
-        if odd == 0:
-            value, met = _best_of_columns(
-                a, b, ids, takes_part, None, b_rows, b_factor, None, b_place, a_strides[1], b_strides[1], b_place_strides,
-                near, first, last, NB, b_end, C, UNIT, False, BLOCK_A, BLOCK_B, BLOCK_C,
-            )  # fmt: skip
-        else:
-            shrink = tl.load(a_shrink + sample * a_blocks * BLOCK_A + slots)
-            value, met = _best_of_columns(
-                a, b, ids, takes_part, shrink, b_rows, b_factor, b_shrink + sample * b_blocks * BLOCK_B, b_place,
-                a_strides[1], b_strides[1], b_place_strides,
-                near, first, last, NB, b_end, C, UNIT, True, BLOCK_A, BLOCK_B, BLOCK_C,
-            )  # fmt: skip
+        value, met = _best_of_columns(
+            a, b, ids, takes_part, shrink, b_rows, b_factor, b_shrink, b_place, a_strides[1], b_strides[1], b_place_strides,
+            near, first, last, NB, b_end, C, UNIT, PRECISION, True, BLOCK_A, BLOCK_B, BLOCK_C,
+        )  # fmt: skip
 
     greatest = tl.max(value, 1)
     slot = met * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]

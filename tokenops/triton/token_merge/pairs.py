@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import interpreting, launch, power_of_two, processors
+from tokenops.triton.launch import dot_precision, interpreting, launch, power_of_two, processors
 from tokenops.types import PairProblem, Window
 
 
@@ -57,7 +57,7 @@ def launch_search(
     from tokenops.triton.token_merge import pair_kernels as kernels
 
     samples, rows, width = a.x.shape
-    tiles = _tiles(a.x, b.x.shape[1])
+    tiles = _tiles(a.x, b.x.shape[1], window is not None)
     if splits is None:
         splits = _splits(a.x, b.x.shape[1], tiles)
     share_best, share_index = (x if splits == 1 else x.new_empty((splits, samples, rows)) for x in (best, index))
@@ -104,6 +104,7 @@ def launch_search(
         id_step=id_step,
         C=width,
         UNIT=unit,
+        PRECISION=dot_precision(a.x.dtype),
         BLOCK_A=tiles.block_a,
         BLOCK_B=tiles.block_b,
         BLOCK_C=tiles.block_c,
@@ -180,22 +181,27 @@ def _describe(side: Side, block: int, unit: int, normalize: bool) -> _Descriptio
         UNIT=unit,
         NORMALIZE=normalize,
         BLOCK_N=block,
-        BLOCK_C=min(64, power_of_two(width)),
+        # 128 bytes of each row at a time
+        BLOCK_C=min(128 // x.element_size(), power_of_two(width)),
         num_warps=4,
     )
     return description
 
 
-def _tiles(a: Tensor, columns: int) -> Tiles:
+def _tiles(a: Tensor, columns: int, window: bool) -> Tiles:
     samples, rows, width = a.shape
     # tl.dot takes no smaller block than 16
     rows, columns, width = (max(16, power_of_two(size)) for size in (rows, columns, width))
     if a.dtype == torch.float32:
         # products on the ordinary cores hold both operands in registers
-        return Tiles(min(rows, 64), min(columns, 32), min(width, 32), 8, 2)
+        block_a = min(rows, 32 if window else 64)
+        return Tiles(block_a, min(columns, 32), min(width, 16), 4 if block_a > 16 else 1, 2)
     # small blocks where large ones would leave processors idle
     block_a = min(rows, 128 if samples * -(-rows // 128) >= _processors(a) else 64)
-    return Tiles(block_a, min(columns, 64), min(width, 64) if width > 128 else width, max(2, block_a // 16), 3)
+    # places, and rows too wide to be held whole, take the registers of half a block
+    wide = width > 128
+    block_b = min(columns, 32 if window or wide else 64)
+    return Tiles(block_a, block_b, 64 if wide else width, max(4, block_a // 16), 2 if window and wide else 3)
 
 
 def _splits(a: Tensor, columns: int, tiles: Tiles) -> int:

@@ -47,10 +47,11 @@ def list_roles(
     tl.store(destination_count + b, receiving)
 
 
-@triton.jit(do_not_specialize=["N", "S", "K", "first", "step"])
+@triton.jit(do_not_specialize=["N", "S", "K", "first", "step", "threshold"])
 def choose_parents(
     role,  # [1|B, N] int8 or None
-    chosen,  # [B, K] int32: the slots of sources that merge, -1 = none
+    chosen,  # [B, K] int32: the slots of sources that merge, -1 = none; None: the first K whose score is greater than the threshold
+    score,  # [B, S] float32, -inf without a candidate
     partner,  # [B, S] int32: token ids
     sources,  # [B, N] int32, or None: slot s is token first + s * step
     parent,  # [B, N] int32
@@ -60,6 +61,7 @@ def choose_parents(
     K,
     first,
     step,
+    threshold,
     BLOCK: tl.constexpr,
 ):
     """Everybody stays or is dropped, but for the chosen. One program a sample."""
@@ -76,8 +78,12 @@ def choose_parents(
     tl.debug_barrier()
     for start in range(0, K, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        slots = tl.load(chosen + b * K + at, mask=at < K, other=-1)
-        merges = slots >= 0
+        if chosen is None:
+            slots = at
+            merges = tl.load(score + b * S + at, mask=at < K, other=float("-inf")) > threshold
+        else:
+            slots = tl.load(chosen + b * K + at, mask=at < K, other=-1)
+            merges = slots >= 0
         ids = first + slots * step
         if sources is not None:
             ids = tl.load(sources + b * N + slots, mask=merges, other=-1)
@@ -184,13 +190,15 @@ def order_tokens(
     rows = asking - N
     own = tl.load(key + b * N + asking, mask=is_token, other=0)
     limit = tl.where(is_token, own, 2 * rows)
-    before = tl.zeros([BLOCK], tl.int32)
+    # one count for each column of a tile, to be added up once
+    counts = tl.zeros([BLOCK, BLOCK_N], tl.int32)
     for start in range(0, N, BLOCK_N):
         ids = start + tl.arange(0, BLOCK_N)
         keys = tl.load(key + b * N + ids, mask=ids < N, other=HIGHEST)
         # of equal keys those with a lower id
         lower = (ids[None, :] < asking[:, None]) & is_token[:, None]
-        before += tl.sum((keys[None, :] < limit[:, None] + lower.to(tl.int32)).to(tl.int32), 1)
+        counts += (keys[None, :] < limit[:, None] + lower.to(tl.int32)).to(tl.int32)
+    before = tl.sum(counts, 1)
     tl.store(order + b * N + before, tl.where(own < 2 * n_out, asking, -1), mask=is_token)
     tl.store(offsets + b * (n_out + 1) + rows, before, mask=~is_token & (rows <= n_out))
 

@@ -84,7 +84,7 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
         n_out=n_out,
         blocks=blocks,
         BLOCK=block,
-        BLOCK_N=64,
+        BLOCK_N=128,
         num_warps=4,
     )
     if is_slot:
@@ -99,16 +99,18 @@ def _parents(problem: MatchProblem) -> Tensor:
     sources, destinations = _sides(problem)
     score = torch.empty((batch, sources.slots), dtype=torch.float32, device=problem.metric.device)
     partner = torch.empty(score.shape, dtype=torch.int32, device=score.device)
+    # a source without a candidate has the score -inf
+    threshold = -torch.inf if problem.threshold is None else problem.threshold
     merging = sources.slots if problem.r is None else min(problem.r, sources.slots)
     if destinations.slots == 0:
         merging = 0
-    chosen = torch.empty((batch, merging), dtype=torch.int32, device=score.device)
+    chosen = None
     if merging > 0:
         source, destination = _side(problem, sources, problem.source_scale), _side(problem, destinations, problem.destination_scale)
         launch_search(source, destination, problem.window, problem.normalize, score, partner, destinations.first, destinations.step)
-        # a source without a candidate has the score -inf
-        threshold = -torch.inf if problem.threshold is None else problem.threshold
-        select(score, threshold, 0, chosen, torch.empty_like(partner[:, 0]))
+        if merging < sources.slots:
+            chosen = torch.empty((batch, merging), dtype=torch.int32, device=score.device)
+            select(score, threshold, 0, chosen, torch.empty_like(partner[:, 0]))
     parent = torch.empty((batch, tokens), dtype=torch.int32, device=score.device)
     block = _block(tokens)
     launch(
@@ -117,6 +119,7 @@ def _parents(problem: MatchProblem) -> Tensor:
         score,
         role=problem.role,
         chosen=chosen,
+        score=score,
         partner=partner,
         sources=sources.rows,
         parent=parent,
@@ -126,6 +129,7 @@ def _parents(problem: MatchProblem) -> Tensor:
         K=merging,
         first=sources.first,
         step=sources.step,
+        threshold=threshold,
         BLOCK=block,
         num_warps=max(1, block // 256),
     )
@@ -179,4 +183,4 @@ def _side(problem: MatchProblem, ids: Ids, scale: Tensor | None) -> Side:
 
 
 def _block(tokens: int) -> int:
-    return min(2048, max(128, power_of_two(tokens)))
+    return min(1024, max(128, power_of_two(tokens)))
