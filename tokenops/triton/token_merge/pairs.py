@@ -19,7 +19,7 @@ class Side(NamedTuple):
     scale: Tensor | None  # [1|B, N] float32
     place: Tensor | None  # [1|B, N, 3] int32
     rows: Tensor | None = None  # [B, slots] int32, ascending: the list of those that take part
-    count: Tensor | None = None  # [B] int32, how many there are
+    count: Tensor | None = None  # type: ignore[assignment]  # [B] int32, how many there are
 
 
 class Tiles(NamedTuple):

@@ -162,7 +162,7 @@ class _Call:
             "num_stages": 2,
         }
 
-    def launch(self, kernel: Any, columns: int = 0, **arguments: Any) -> None:
+    def launch(self, kernel: Any, columns: int = 0, /, **arguments: Any) -> None:
         """A program for every block of tokens, or of meta tokens, and block of the columns of the result."""
         blocks, cut = self.blocks(kernel.__name__), self._cut(kernel.__name__)
         parts = 1
