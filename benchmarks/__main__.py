@@ -1,4 +1,4 @@
-"""The command line: ``tokenops bench``, ``tokenops info``, ``tokenops compare``."""
+"""The command line: ``tokenops bench``, ``tokenops info``, ``tokenops compare``, ``tokenops picture``."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ import torch
 
 import tokenops
 
-from . import allocator, chart, compare, environment, harness, record, table, video
+from . import allocator, chart, compare, environment, harness, picture, record, table, video
 from .harness import Case, Request, case_id
 from .record import Record
 from .roof import measure_roof
 
-ROOMS = ("sparse_attention",)
+ROOMS = ("sparse_attention", "token_select", "token_merge")
 
 # seconds of timing for each case, all contenders together
-BUDGET = {"quick": 2.0, "full": 6.0}
+BUDGET = {"quick": 1.0, "full": 6.0}
 
 # for the first measurement of each roof
 ROOF_SECONDS = 0.6
@@ -71,7 +71,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("rooms", nargs=-1, metavar="[ROOM]...")
-@click.option("--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: two minutes; full: every case.")
+@click.option(
+    "--preset", type=click.Choice(list(BUDGET)), default="quick", show_default=True, help="quick: two to three minutes; full: every case."
+)
 @click.option(
     "--case", "patterns", multiple=True, metavar="TEXT", help="Only cases whose id is, contains or matches (* ?) TEXT; repeatable."
 )
@@ -81,7 +83,7 @@ def cli() -> None:
 @click.option("--backend", "backends", multiple=True, metavar="NAME", help="Ours by this backend (see 'tokenops info'); repeatable.")
 @click.option("--isa", type=click.Choice(list(allocator.ISA_VARIABLES)), help="Hold every contender to these CPU instructions, peers too.")
 @click.option("--video", "video_path", type=click.Path(), help="For the video cases.  [default: an excerpt of Big Buck Bunny]")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 2 quick, 6 full]")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Timing for each case.  [default: 1 quick, 6 full]")
 @click.option("--json", "json_path", type=Output(), help="Write every number and the environment here.")
 @click.option("--chart", "chart_path", type=Output(CHARTS), help="Draw the ratios here (PNG, PDF or SVG).")
 @click.option("--dry-run", is_flag=True, help="List cases and who would take part, or why not; time nothing.")
@@ -103,8 +105,8 @@ def bench(
     """Time tokenops against its peers on this machine.
 
     Every contender of a case gets the same inputs in the same process; its result is checked against the float64 reference, and a wrong one
-    gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention. Without one,
-    all are run. Exit status 1: a result of ours was wrong.
+    gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention,
+    token_select, token_merge. Without one, all are run. Exit status 1: a result of ours was wrong.
 
     \b
     tokenops bench                                       the quick preset
@@ -292,6 +294,30 @@ def compare_command(before: Path, after: Path) -> None:
     only_one = compare.unmatched(*runs)
     if only_one:
         out.print(f"in only one of them: {', '.join(only_one)}", style="dim", soft_wrap=True)
+
+
+@cli.command("picture")
+@click.argument("path", type=Output(CHARTS), metavar="FILE")
+@click.option("--video", "video_path", type=click.Path(), help="A frame of this film.  [default: an excerpt of Big Buck Bunny]")
+@click.option("--frame", type=click.IntRange(min=0), help="Which one, from 0.  [default: the middle one]")
+@click.option("--backend", metavar="NAME", help="Merge by this backend (see 'tokenops info').")
+def picture_command(path: Path, video_path: str | None, frame: int | None, backend: str | None) -> None:
+    """Draw what merging does: a frame of a video, and the clusters its tokens form, round after round (PNG, PDF or SVG)."""
+    if backend is not None:
+        _check_backends([backend], {"token_merge": _room("token_merge")})
+    source = Path(video_path or video.EXCERPT)
+    try:
+        frames = video.read_frames(source)
+        at = len(frames) // 2 if frame is None else frame
+        if at >= len(frames):
+            raise click.UsageError(f"--frame must be less than {len(frames)}, the number of frames, got {at}")
+        rounds = picture.merge_frame(frames[at], backend)
+        picture.draw(
+            frames[at], rounds, path, f"{source.name}, frame {at}: tokens merged with their likes, each cluster in its mean colour"
+        )
+    except (video.VideoError, chart.ChartError, NotImplementedError) as error:
+        raise click.ClickException(str(error)) from error
+    console().print(f"picture   {path}")
 
 
 def main() -> None:

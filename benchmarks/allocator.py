@@ -8,10 +8,12 @@ alone, blocks still reach pages that nobody touched yet for dozens of calls.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -50,14 +52,42 @@ def restart(arguments: Sequence[str], isa: str | None = None) -> None:
         os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], environment)
 
 
-def touch_pool(size: int = 1 << 30) -> int:
-    """Writes to ``size`` bytes once (at most a quarter of what is free), so that later blocks find their pages present. Bytes touched."""
+def touch_pool(size: int = 1 << 30, piece: int = 1 << 18) -> int:
+    """Writes to ``size`` bytes once (at most a quarter of what is free), so that later blocks find their pages present. Bytes touched.
+
+    In pieces, because they also fill the gaps between blocks in use, whose pages ``added_memory`` gives back.
+    """
     if platform.libc_ver()[0] != "glibc" or MARKER not in os.environ:
         return 0
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = min(size, free // 4)
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    return size
+    pieces = [torch.ones(piece, dtype=torch.uint8) for _ in range(size // piece)]
+    return len(pieces) * piece
+
+
+def added_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that ``call`` adds to this process at its peak, results included. Counts pages, so it sees what any library allocates: torch's
+    own statistics miss the scratch space of a kernel or of MKL. None where the system does not keep a peak that can be reset."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if platform.libc_ver()[0] != "glibc" or not reset.exists():
+        return None
+    # free blocks go back to the kernel: a call that reuses them adds their pages again
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status_bytes(status.read_text(), "VmRSS")
+    try:
+        # 5: the peak becomes the present size
+        reset.write_text("5")
+    except OSError:
+        return None
+    results = call()
+    peak = _status_bytes(status.read_text(), "VmHWM")
+    del results
+    return peak - before
+
+
+def _status_bytes(status: str, field: str) -> int:
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) << 10
 
 
 def page_faults() -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .record import Record
+from .record import Record, comparable
 
 # colour-blind safe (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
@@ -16,14 +17,12 @@ class ChartError(Exception):
 
 
 def draw(run: Record, path: Path) -> None:
-    """Ratios of the run's first contender of ours."""
+    """Ratios of the run's first contender of ours; a panel for all cases that share peers."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
     except ImportError:
         raise ChartError("--chart needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
     lines = [(case, mine) for case in run["cases"] for mine in case["contenders"] if mine["ours"] and mine.get("faster_than")]
@@ -31,10 +30,42 @@ def draw(run: Record, path: Path) -> None:
         raise ChartError("no case has a ratio, so there is nothing to draw")
     name = lines[0][1]["name"]
     lines = [(case, mine) for case, mine in lines if mine["name"] == name]
+    drawn = [case for case, _ in lines]
+    groups = [[lines[drawn.index(case)] for case in group] for group in comparable(drawn)]
+
+    figure, panels = plt.subplots(
+        len(groups),
+        squeeze=False,
+        figsize=(9.6, 0.8 + sum(1.1 + 0.3 * len(some) for some in groups)),
+        height_ratios=[2 + len(some) for some in groups],
+        layout="constrained",
+    )
+    width = max(len(case["name"]) for case, _ in lines)
+    for axes, some in zip(panels[:, 0], groups, strict=True):
+        _draw_panel(axes, some, width)
+    panels[-1, 0].set_xlabel(
+        "ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5
+    )
+    env = run["environment"]
+    place = env["cpu"] if env["device"] == "cpu" else env["device"]
+    conditions = f"{place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
+    figure.suptitle(f"{name}: times faster than ...  ({conditions})", fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        # ValueError: a file ending that matplotlib does not know
+        raise ChartError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+def _draw_panel(axes: Any, lines: list[tuple[Record, Record]], width: int) -> None:
+    """Cases that share peers; ``width`` characters for the name of each."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     peers = list(dict.fromkeys(peer for _, mine in lines for peer in mine["faster_than"]))
     style = {peer: (COLOURS[at % len(COLOURS)], MARKS[at % len(MARKS)]) for at, peer in enumerate(peers)}
-
-    figure, axes = plt.subplots(figsize=(9.6, 1.9 + 0.3 * len(lines)), layout="constrained")
     largest, smallest = 1.0, 1.0
     for row, (_, mine) in enumerate(lines):
         if row % 2 == 0:
@@ -52,27 +83,23 @@ def draw(run: Record, path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=0)
-    width = max(len(case["name"]) for case, _ in lines)
     labels = [f"{case['name']:{width}}  {case['dtype']} {case['direction']:7}" for case, _ in lines]
     axes.set_yticks(range(len(lines)), labels, family="monospace")
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.tick_params(axis="both", length=0, labelsize=8)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel("ratio of medians; whiskers: quartiles of the ratios within a round; left of 1x the peer is faster", fontsize=8.5)
     handles = [
         Line2D([], [], linestyle="", marker=mark, color=colour, markersize=6, markeredgecolor="white", label=peer)
         for peer, (colour, mark) in style.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=8.5, handletextpad=0.2)
-    env = run["environment"]
-    place = env["cpu"] if env["device"] == "cpu" else env["device"]
-    conditions = f"{place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
-    figure.suptitle(f"{name}: times faster than ...  ({conditions})", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        # ValueError: a file ending that matplotlib does not know
-        raise ChartError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        plt.close(figure)
+    # above the panel, so that the axis below keeps its place
+    axes.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.4, 1.0),
+        ncols=min(5, len(peers)),
+        frameon=False,
+        fontsize=8.5,
+        handletextpad=0.2,
+    )

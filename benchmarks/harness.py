@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .allocator import page_faults
+from tokenops.dispatch import Backend
+
+from .allocator import added_memory, page_faults, touch_pool
 from .video import VideoTokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +60,11 @@ class Request(NamedTuple):
     video: Callable[[int], VideoTokens] | None = None  # called with the number of clips
     slow_peers: bool = False  # also those that need tens of seconds to get ready
 
+    def clips(self, count: int) -> VideoTokens:
+        if self.video is None:
+            raise ValueError("this case needs a video, got none")
+        return self.video(count)
+
 
 class Cost(NamedTuple):
     """What the case needs at least, whoever computes it."""
@@ -84,6 +91,8 @@ class Trial(NamedTuple):
     names: Sequence[str]  # of the results: "out", "grad query", ...
     cost: Cost
     backends: Mapping[str, Sequence[str]]  # of the package: name -> objections to this case
+    remark: str = ""  # what the input is like, where that decides the result
+    memory: bool = False  # report the memory of a call too
 
 
 class Spread(NamedTuple):
@@ -115,6 +124,7 @@ class Outcome(NamedTuple):
     error: float | None = None  # worst error of all results, as a fraction of what the tolerance allows
     seconds: Spread | None = None
     rounds: int = 0
+    memory: int | None = None  # bytes, see the clock's ``memory``
     faster_than: dict[str, Spread] | None = None  # ours only: peer -> (ratio of medians, quartiles of the ratios round by round)
 
 
@@ -124,7 +134,7 @@ class Measurement(NamedTuple):
 
 
 class CpuClock:
-    """Wall-clock time."""
+    """Wall-clock time and resident memory."""
 
     conditions = "wall clock, caches as the previous contender left them"
 
@@ -135,6 +145,10 @@ class CpuClock:
         # freed outside the timed span
         del results
         return seconds
+
+    def memory(self, call: Callable[[], object]) -> int | None:
+        """Bytes that a call adds at its peak, its results and every library's scratch space included; None where the system cannot say."""
+        return added_memory(call)
 
 
 class CudaClock:
@@ -156,6 +170,13 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) * 1e-3
 
+    def memory(self, call: Callable[[], object]) -> int | None:
+        """Bytes of tensors that a call adds at its peak, its results included."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
 
 Clock = CpuClock | CudaClock
 
@@ -169,6 +190,71 @@ def use_threads(count: int) -> None:
 
 def clock_for(device: str) -> Clock:
     return CudaClock(torch.device(device)) if torch.device(device).type == "cuda" else CpuClock()
+
+
+def seeded(seed: int, *shape: int) -> Tensor:
+    """Normal float32 numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def variants(case: Any, quick: Sequence[str], full: Sequence[str] = ()) -> Iterator[Any]:
+    """A case in several dtypes and directions, each as "fp32 fwd"; those of ``quick`` are in both presets."""
+    for kinds, in_quick in ((quick, True), (full, False)):
+        for kind in kinds:
+            dtype, direction = kind.split()
+            yield case._replace(dtype=dtype, direction=direction, quick=in_quick)
+
+
+def contenders_of_ours(
+    request: Request, run: Callable[[str | None], Callable[[], Results]], serve: Callable[[str | None], Backend]
+) -> Iterator[Contender]:
+    """The package as it chooses, or by each backend that the user asked for. ``run`` makes the timed call, ``serve`` says who serves it."""
+    for backend in request.backends or (None,):
+        name = "tokenops" if backend is None else f"tokenops {backend}"
+        objections, note = [], ""
+        try:
+            note = f"backend {serve(backend).name}"
+        except NotImplementedError as refusal:
+            objections = [line.strip() for line in str(refusal).splitlines()[1:]]
+        yield Contender(name, run(backend), objections, ours=True, note=note)
+
+
+def bind(
+    call: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], grads: Tensor | Sequence[Tensor], differentiate: bool
+) -> Callable[[], Results]:
+    """The timed call: forward, or forward and the gradients of ``inputs`` where the results' gradients are ``grads``."""
+
+    def as_tuple(out: Tensor | Sequence[Tensor]) -> Results:
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    if not differentiate:
+        return lambda: as_tuple(call(*inputs))
+    leaves = [x.detach().requires_grad_() for x in inputs]
+
+    def forward_backward() -> Results:
+        out = as_tuple(call(*leaves))
+        return (*(part.detach() for part in out), *torch.autograd.grad(out, leaves, grads))
+
+    return forward_backward
+
+
+def compiled_peer(
+    request: Request,
+    call: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    canonical: Callable[[Results], Results] = lambda results: results,
+    *,
+    grads: Tensor | Sequence[Tensor] = (),
+    differentiate: bool = False,
+) -> Contender:
+    """The peer "torch" through torch.compile."""
+    if not request.slow_peers:
+        return Contender("torch, compiled", lambda: (), objections=["compiling takes tens of seconds: use --preset full"])
+    torch._dynamo.reset()
+    compiled = torch.compile(call, dynamic=False)
+    return Contender(
+        "torch, compiled", bind(compiled, inputs, grads, differentiate), canonical=canonical, note="the usual formulation by torch.compile"
+    )
 
 
 def error_fraction(result: Tensor, expected: Tensor, dtype: str) -> float:
@@ -196,6 +282,12 @@ def measure(trial: Trial, dtype: str, clock: Clock, seconds: float, threads: int
         if outcome.status == "ok":
             racing.append(contender)
     del expected
+    if trial.memory:
+        for contender in racing:
+            use_threads(contender.threads or threads)
+            outcomes[contender.name] = outcomes[contender.name]._replace(memory=clock.memory(contender.run))
+        # measuring gave the pages back
+        touch_pool()
     samples, page_faults = _race(racing, clock, seconds, threads)
     for contender in racing:
         taken = [sample for sample in samples[contender.name] if sample is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, r
         "flops": trial.cost.flops,
         "bytes": trial.cost.bytes,
         "page_faults": measurement.page_faults,
+        "remark": trial.remark,
         "repro": repro,
         "contenders": [_contender(outcome, trial) for outcome in measurement.outcomes],
     }
@@ -49,6 +51,8 @@ def _contender(outcome: Outcome, trial: Trial) -> Record:
             "gflops": trial.cost.flops / outcome.seconds.median * 1e-9,
             "gbs": trial.cost.bytes / outcome.seconds.median * 1e-9,
         }
+    if outcome.memory is not None:
+        record["memory"] = outcome.memory
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
     return record
@@ -63,6 +67,27 @@ def set_percentages(case: Record, roof: Roof) -> None:
 
 def _spread(spread: Spread) -> Record:
     return {"median": spread.median, "low": spread.low, "high": spread.high}
+
+
+def peers(case: Record) -> list[str]:
+    """Who of the others took part in a case."""
+    return [contender["name"] for contender in case["contenders"] if not contender["ours"] and contender["status"] != "not run"]
+
+
+def comparable(cases: Sequence[Record]) -> list[list[Record]]:
+    """The cases of each room that share peers, in groups: what one table or panel can show without empty columns for strangers."""
+    groups: list[list[Record]] = []
+    for case in cases:
+        near = [
+            group
+            for group in groups
+            if group[0]["room"] == case["room"] and set(peers(case)) & {p for other in group for p in peers(other)}
+        ]
+        joined = [*(other for group in near for other in group), case]
+        at = groups.index(near[0]) if near else len(groups)
+        groups = [group for group in groups if group not in near]
+        groups.insert(at, joined)
+    return groups
 
 
 def run_record(environment: Record, conditions: Record, command: str) -> Record:

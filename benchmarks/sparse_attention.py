@@ -6,7 +6,7 @@ given (the grid and an index, or rows compacted beforehand) and in what they may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,16 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
-from tokenops.dispatch import choose
+from tokenops.dispatch import Backend, choose
 from tokenops.ops.sparse_attention.arguments import as_problem
 from tokenops.ops.sparse_attention.backends import BACKENDS
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionProblem
 
 from . import video
-from .harness import DTYPES, Contender, Cost, Request, Results, Trial
-
-CHANGE = 0.05  # of a pixel range of 2: a patch that changed less is dropped in the ragged video case
+from .harness import DTYPES, Contender, Cost, Request, Results, Trial, bind, contenders_of_ours, variants
 
 
 class Case(NamedTuple):
@@ -42,31 +40,26 @@ class Case(NamedTuple):
 
 
 def _cases() -> Iterator[Case]:
-    def each(case: Case, quick: Sequence[str], full: Sequence[str] = ()) -> Iterator[Case]:
-        for kinds, in_quick in ((quick, True), (full, False)):
-            for kind in kinds:
-                dtype, direction = kind.split()
-                yield case._replace(dtype=dtype, direction=direction, quick=in_quick)
-
     # real input first: eight clips of 8 frames, 224 x 224, cut into 16 x 16 patches, and a class token
-    yield from each(Case("video-B8-N1569-K392", 8, video.TOKENS, 392, "video"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
-    yield from each(Case("video-B8-N1569-ragged", 8, video.TOKENS, (), "video"), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
-    yield from each(Case("B1-N1569-K784", 1, 1569, 784), ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
-    yield from each(Case("B8-N1569-K392", 8, 1569, 392), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
-    yield from each(Case("B32-N197-K137", 32, 197, 137), ["fp32 fwd", "bf16 fwd"])
-    yield from each(Case("B8-N197-K137", 8, 197, 137), ["fp32 fwd+bwd"], ["bf16 fwd+bwd"])
+    same, ragged = Case("video-B8-N1569-K392", 8, video.TOKENS, 392, "video"), Case("video-B8-N1569-ragged", 8, video.TOKENS, (), "video")
+    yield from variants(same, ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from variants(ragged, ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from variants(Case("B1-N1569-K784", 1, 1569, 784), ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from variants(Case("B8-N1569-K392", 8, 1569, 392), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from variants(Case("B32-N197-K137", 32, 197, 137), ["fp32 fwd", "bf16 fwd"])
+    yield from variants(Case("B8-N197-K137", 8, 197, 137), ["fp32 fwd+bwd"], ["bf16 fwd+bwd"])
     for frames in (8, 16, 32):
         # attention over time: every place of a 14 x 14 grid is a sequence of frames
         case = Case(f"short-B196-N{frames}", 196, frames, None, "none")
-        yield from each(case, ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
-    ragged = tuple(range(100, 1501, 200))
-    yield from each(Case("ragged-B8-N1569-H6", 8, 1569, ragged, "sample", heads=6), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
-    yield from each(Case("dense-B1-N1569", 1, 1569, None, "none"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
-    yield from each(Case("one-head-B1-N1569-K784", 1, 1569, 784, heads=1), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
-    yield from each(Case("per-sample-B8-N1569-K392", 8, 1569, 392, "sample"), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
-    yield from each(Case("log-size-B8-N1569-K392", 8, 1569, 392, "sample", bias=True), [], ["fp32 fwd", "bf16 fwd"])
-    yield from each(Case("wide-B1-N1569-K784-D128", 1, 1569, 784, heads=6, width=128), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
-    yield from each(Case("large-B32-N1569-K392", 32, 1569, 392), [], ["bf16 fwd", "bf16 fwd+bwd"])
+        yield from variants(case, ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
+    counts = tuple(range(100, 1501, 200))
+    yield from variants(Case("ragged-B8-N1569-H6", 8, 1569, counts, "sample", heads=6), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from variants(Case("dense-B1-N1569", 1, 1569, None, "none"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from variants(Case("one-head-B1-N1569-K784", 1, 1569, 784, heads=1), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
+    yield from variants(Case("per-sample-B8-N1569-K392", 8, 1569, 392, "sample"), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
+    yield from variants(Case("log-size-B8-N1569-K392", 8, 1569, 392, "sample", bias=True), [], ["fp32 fwd", "bf16 fwd"])
+    yield from variants(Case("wide-B1-N1569-K784-D128", 1, 1569, 784, heads=6, width=128), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
+    yield from variants(Case("large-B32-N1569-K392", 32, 1569, 392), [], ["bf16 fwd", "bf16 fwd+bwd"])
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -102,13 +95,12 @@ def make_inputs(case: Case, request: Request) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.heads, case.tokens, case.width)
     if case.lists == "video":
-        if request.video is None:
-            raise ValueError(f"{case.name} needs a video, got none")
-        tokens = request.video(case.batch)
-        index: Tensor | None = video.changed_more_than(tokens.change, CHANGE)
+        tokens = request.clips(case.batch)
+        index: Tensor | None = video.changed_more_than(tokens.change, video.CHANGE)
         if isinstance(case.kept, int):
             index = video.most_changed(tokens.change, case.kept)
-        grids = _project(tokens.patches, shape, generator)
+        rows = video.project(tokens.patches, [case.heads * case.width] * 3, generator)
+        grids = [_as_heads(x, case.heads) for x in rows]
     else:
         index = _random_index(case, generator)
         grids = [torch.randn(shape, generator=generator) for _ in range(3)]
@@ -129,14 +121,9 @@ def make_inputs(case: Case, request: Request) -> Inputs:
     )
 
 
-def _project(patches: Tensor, shape: tuple[int, int, int, int], generator: torch.Generator) -> list[Tensor]:
-    """q, k, v as a first layer makes them, with random weights, in a linear layer's memory order: [B, N, H, D] seen as [B, H, N, D]."""
-    batch, heads, _, width = shape
-    pixels = (patches - patches.mean()) / patches.std()
-    class_token = torch.randn(1, 1, pixels.shape[2], generator=generator).expand(batch, -1, -1)
-    tokens = torch.cat([class_token, pixels], 1)
-    weights = torch.randn(3, pixels.shape[2], heads * width, generator=generator) * pixels.shape[2] ** -0.5
-    return [(tokens @ weight).unflatten(2, (heads, width)).transpose(1, 2) for weight in weights]
+def _as_heads(rows: Tensor, heads: int) -> Tensor:
+    """A linear layer's memory order: [B, N, H, D] seen as [B, H, N, D]."""
+    return rows.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _random_index(case: Case, generator: torch.Generator) -> Tensor | None:
@@ -209,34 +196,13 @@ def _expected(inputs: Inputs, differentiate: bool) -> Results:
     return tuple(torch.cat(result) for result in zip(*samples, strict=True))
 
 
-# of q, k, v (or of as many compact pieces) to one tensor (or one for each sample)
-Attention = Callable[..., Any]
-
-
-def _bind(attention: Attention, grids: Sequence[Tensor], grads: Tensor | list[Tensor], differentiate: bool) -> Callable[[], Results]:
-    """The timed call: forward, or forward and the gradients of q, k, v."""
-
-    def as_tuple(out: Tensor | list[Tensor]) -> Results:
-        return (out,) if isinstance(out, Tensor) else tuple(out)
-
-    if not differentiate:
-        return lambda: as_tuple(attention(*grids))
-    leaves = [grid.detach().requires_grad_() for grid in grids]
-
-    def forward_backward() -> Results:
-        out = as_tuple(attention(*leaves))
-        return (*(part.detach() for part in out), *torch.autograd.grad(out, leaves, grads))
-
-    return forward_backward
-
-
 def _contenders(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
     differentiate = case.direction == "fwd+bwd"
     yield from _ours(case, inputs, request)
     if inputs.token_index is None:
-        yield Contender("SDPA", _bind(F.scaled_dot_product_attention, inputs.grids, inputs.grad_out, differentiate))
+        yield Contender("SDPA", bind(F.scaled_dot_product_attention, inputs.grids, inputs.grad_out, differentiate))
         if case.tokens <= 32:
-            yield Contender("matmul + softmax", _bind(_matmul_softmax, inputs.grids, inputs.grad_out, differentiate))
+            yield Contender("matmul + softmax", bind(_matmul_softmax, inputs.grids, inputs.grad_out, differentiate))
         return
     if inputs.ragged:
         yield from _ragged_peers(inputs, differentiate)
@@ -253,19 +219,16 @@ def _ours(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
         attention = partial(
             tokenops.sparse_attention, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias, backend=backend
         )
-        return _bind(attention, inputs.grids, inputs.grad_out, differentiate)
+        return bind(attention, inputs.grids, inputs.grad_out, differentiate)
+
+    def serve(backend: str | None) -> Backend:
+        return choose("sparse_attention", BACKENDS, backend, problem, needs=_needs(differentiate))
 
     problem = _problem(inputs)
-    for backend in request.backends or (None,):
-        name = "tokenops" if backend is None else f"tokenops {backend}"
-        objections, note = [], ""
-        try:
-            note = f"backend {choose('sparse_attention', BACKENDS, backend, problem, needs=_needs(differentiate)).name}"
-        except NotImplementedError as refusal:
-            objections = [line.strip() for line in str(refusal).splitlines()[1:]]
-        yield Contender(name, run(backend), objections, ours=True, note=note)
-        if case.heads == 1 and case.batch == 1 and backend in (None, *request.backends[:1]):
-            yield Contender("itself, 1 thread", run(backend), objections, threads=1, note="how well a single head fills the cores")
+    ours = list(contenders_of_ours(request, run, serve))
+    yield from ours
+    if case.heads == 1 and case.batch == 1:
+        yield ours[0]._replace(name="itself, 1 thread", ours=False, threads=1, note="how well a single head fills the cores")
 
 
 def _matmul_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -283,10 +246,10 @@ def _gather_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
     def gather_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(take(query), take(key), take(value))
 
-    yield Contender("gather + SDPA", _bind(gather_attention, inputs.grids, inputs.grad_out, differentiate))
+    yield Contender("gather + SDPA", bind(gather_attention, inputs.grids, inputs.grad_out, differentiate))
     yield Contender(
         "compact once",
-        _bind(attention, [take(grid).contiguous() for grid in inputs.grids], inputs.grad_out, differentiate),
+        bind(attention, [take(grid).contiguous() for grid in inputs.grids], inputs.grad_out, differentiate),
         canonical=lambda results: (results[0], *(_spread(grad, inputs) for grad in results[1:])),
         note="SDPA on rows compacted beforehand: neither the gather nor the way back to the grid is timed",
     )
@@ -349,7 +312,7 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
     def clear_empty(results: Results) -> Results:
         return (results[0].masked_fill(~filled[:, None, :, None], 0), *results[1:])
 
-    yield Contender("padded + mask", _bind(padded, inputs.grids, inputs.grad_out, differentiate), canonical=clear_empty)
+    yield Contender("padded + mask", bind(padded, inputs.grids, inputs.grad_out, differentiate), canonical=clear_empty)
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         grids = (query, key, value)
@@ -367,7 +330,7 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
         return (join(results[: len(rows)]), *results[len(rows) :])
 
     grads = [inputs.grad_out[b : b + 1, :, : len(kept)] for b, kept in enumerate(rows)]
-    yield Contender("loop of SDPA", _bind(one_by_one, inputs.grids, grads, differentiate), canonical=join_out)
+    yield Contender("loop of SDPA", bind(one_by_one, inputs.grids, grads, differentiate), canonical=join_out)
 
     compact = [grid[b : b + 1].index_select(2, kept).contiguous() for grid in inputs.grids for b, kept in enumerate(rows)]
 
@@ -381,7 +344,7 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
 
     yield Contender(
         "compact once",
-        _bind(compact_loop, compact, grads, differentiate),
+        bind(compact_loop, compact, grads, differentiate),
         canonical=join_and_spread,
         note="loop of SDPA over rows compacted beforehand: neither the gather nor the way back to the grid is timed",
     )
@@ -408,7 +371,7 @@ def _masked_peer(inputs: Inputs, differentiate: bool) -> Contender:
 
     return Contender(
         "SDPA + mask",
-        _bind(attention, inputs.grids, _spread(inputs.grad_out, inputs), differentiate),
+        bind(attention, inputs.grids, _spread(inputs.grad_out, inputs), differentiate),
         canonical=kept_rows,
         note="computes the dropped queries as well",
     )
@@ -448,5 +411,5 @@ def _flex_peer(inputs: Inputs, request: Request, differentiate: bool) -> Contend
         return compiled(take(query), key, value, block_mask=block_mask)
 
     return Contender(
-        "FlexAttention", _bind(attention, inputs.grids, inputs.grad_out, differentiate), note="compiled, block mask made beforehand"
+        "FlexAttention", bind(attention, inputs.grids, inputs.grad_out, differentiate), note="compiled, block mask made beforehand"
     )

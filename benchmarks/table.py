@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .harness import UNSTEADY, Spread
-from .record import Record
+from .record import Record, comparable, peers
 from .roof import GEMM
 
 # page faults of one call that are lost in its time
@@ -41,6 +41,9 @@ def case_block(case: Record) -> Table:
     table.add_column("", width=24, no_wrap=True)
     for heading, width in (("ms", 9), ("spread", 7), ("GFLOP/s", 8), ("GB/s", 7), *((f"of {roof}", 7) for roof in ROOFS)):
         table.add_column(heading, width=width, justify="right", no_wrap=True)
+    weighed = any("memory" in contender for contender in case["contenders"])
+    if weighed:
+        table.add_column("adds MB", width=7, justify="right", no_wrap=True)
     for contender in ours:
         heading = f"{contender['name']} is faster"
         table.add_column(heading, min_width=18, no_wrap=True)
@@ -57,6 +60,7 @@ def case_block(case: Record) -> Table:
             f"{contender['gflops']:.0f}" if contender["gflops"] >= 10 else f"{contender['gflops']:.1f}",
             f"{contender['gbs']:.1f}",
             *(_percent_cell(contender, roof) for roof in ROOFS),
+            *([f"{contender['memory'] * 1e-6:.1f}"] if weighed else []),
             *ratios,
         )
     return table
@@ -82,7 +86,7 @@ def _ratio_cell(mine: Record, contender: Record) -> Text:
 
 def case_remarks(case: Record) -> list[Text]:
     """What a block must say in words: who did not finish and why, and how to run it again."""
-    remarks = []
+    remarks = [Text(f"  {case['remark']}")] if case["remark"] else []
     for contender in case["contenders"]:
         if contender["status"] in ("wrong", "failed"):
             reasons = "; ".join(contender["reasons"])
@@ -105,33 +109,38 @@ def print_case(console: Console, case: Record) -> None:
 
 
 def ratio_tables(cases: Sequence[Record]) -> Iterable[Table]:
-    """How many times faster we are: a line for each case, a column for each peer, a table for each of our backends."""
+    """How many times faster we are: a line for each case, a column for each peer; a table for each of our contenders and group of peers."""
+    for group in comparable(cases):
+        yield from _group_tables(group)
+
+
+def _group_tables(cases: Sequence[Record]) -> Iterable[Table]:
     names = dict.fromkeys(contender["name"] for case in cases for contender in case["contenders"] if contender["ours"])
-    peers = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"] if not c["ours"] and c["status"] != "not run"))
+    columns = list(dict.fromkeys(peer for case in cases for peer in peers(case)))
     for name in names:
-        title = f"{name}: how many times faster than"
+        title = f"{cases[0]['room']}, {name}: how many times faster than"
         table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("case", no_wrap=True)
         table.add_column("ms", justify="right", no_wrap=True)
         # the nearest compute roof that was measured
         roof = "peak" if any("peak" in c.get("percent_of", {}) for case in cases for c in case["contenders"]) else "gemm"
         table.add_column(f"of {roof}", justify="right", no_wrap=True)
-        for peer in peers:
+        for peer in columns:
             table.add_column(peer, justify="right", min_width=7, max_width=13)
         for case in cases:
             mine = next((contender for contender in case["contenders"] if contender["name"] == name), None)
             if mine is not None:
-                table.add_row(_title(case), *_ratio_cells(mine, case, peers, roof))
+                table.add_row(_title(case), *_ratio_cells(mine, case, columns, roof))
         yield table
 
 
-def _ratio_cells(mine: Record, case: Record, peers: Sequence[str], roof: str) -> list[Text | str]:
+def _ratio_cells(mine: Record, case: Record, columns: Sequence[str], roof: str) -> list[Text | str]:
     if "ms" not in mine:
-        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (roof, *peers))]
+        return [Text(mine["status"], style="dim" if mine["status"] == "not run" else "bold red"), *("" for _ in (roof, *columns))]
     ratios = mine["faster_than"]
     found = {contender["name"]: contender["status"] for contender in case["contenders"]}
     cells: list[Text | str] = [f"{mine['ms']['median']:.2f}", _percent_cell(mine, roof)]
-    for peer in peers:
+    for peer in columns:
         if peer in ratios:
             cells.append(ratio_text(ratios[peer]["median"]))
         else:

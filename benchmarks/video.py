@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ PATCH = 16
 FRAMES = 8  # of a clip; 8 x 14 x 14 patches and one class token are 1569 tokens
 STRIDE = 4  # frames of the file from one frame of a clip to the next, if the file is long enough
 LONGEST = 512  # frames of the file that are looked at
+CHANGE = 0.05  # of a pixel range of 2: a patch that changed less is dropped in the ragged cases
 
 TOKENS_PER_FRAME = (SIDE // PATCH) ** 2
 TOKENS = FRAMES * TOKENS_PER_FRAME + 1
@@ -70,11 +72,20 @@ def read_tokens(path: Path | str, clips: int) -> VideoTokens:
     return VideoTokens(patches.flatten(1, 2), change_score(patches))
 
 
-def patchify(clips: Tensor) -> Tensor:  # [B, T, SIDE, SIDE, 3] uint8 -> [B, T, P, C]
+def patchify(clips: Tensor, patch: int = PATCH) -> Tensor:  # [B, T, SIDE, SIDE, 3] uint8 -> [B, T, P, C]
     """Square patches in raster order, pixels scaled to -1 .. 1."""
-    side = SIDE // PATCH
-    split = clips.unflatten(3, (side, PATCH)).unflatten(2, (side, PATCH))
+    side = SIDE // patch
+    split = clips.unflatten(3, (side, patch)).unflatten(2, (side, patch))
     return split.permute(0, 1, 2, 4, 3, 5, 6).flatten(4).flatten(2, 3).float() / 127.5 - 1
+
+
+def project(patches: Tensor, widths: Sequence[int], generator: torch.Generator) -> list[Tensor]:  # [B, N - 1, C] -> each [B, N, width]
+    """What the linear maps of a first layer make of the tokens, with random weights. Row 0 is a class token, the same in all clips."""
+    pixels = (patches - patches.mean()) / patches.std()
+    channels = pixels.shape[2]
+    class_token = torch.randn(1, 1, channels, generator=generator).expand(len(pixels), -1, -1)
+    tokens = torch.cat([class_token, pixels], 1)
+    return [tokens @ (torch.randn(channels, width, generator=generator) * channels**-0.5) for width in widths]
 
 
 def change_score(patches: Tensor) -> Tensor:  # [B, T, P, C] -> [B, 1 + T P]

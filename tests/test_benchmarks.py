@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +22,26 @@ pytest.importorskip("av", reason="the benchmark's extra is not installed")
 import av
 from click.testing import CliRunner
 
+import tokenops
 from tokenops import native
 from tokenops.benchmarks import __main__ as cli
-from tokenops.benchmarks import allocator, chart, compare, harness, record, roof, sparse_attention, table, video
+from tokenops.benchmarks import (
+    allocator,
+    chart,
+    compare,
+    harness,
+    picture,
+    record,
+    roof,
+    sparse_attention,
+    table,
+    token_merge,
+    token_select,
+    video,
+)
 from tokenops.benchmarks.harness import Contender, Cost, Request, Trial
 
-# one of each kind; kept apart from the real cases only by their size
+# of every room one of each kind; kept apart from the real cases only by their size
 TINY = (
     sparse_attention.Case("tiny-shared", 2, 40, 17, heads=2, width=16),
     sparse_attention.Case("tiny-sample", 3, 40, 17, "sample", heads=2, width=16),
@@ -35,6 +52,33 @@ TINY = (
     sparse_attention.Case("tiny-video", 2, video.TOKENS, 60, "video", heads=1, width=8),
     sparse_attention.Case("tiny-video-ragged", 2, video.TOKENS, (), "video", heads=1, width=8),
 )
+SELECT = (
+    token_select.Case("little-top-k", "top-k", 3, 100, 30),
+    token_select.Case("little-top-k-video", "top-k", 2, video.TOKENS, 300, film=True),
+    token_select.Case("little-threshold", "threshold", 3, 100),
+    token_select.Case("little-halt", "halt", 3, 40, channels=16),
+    token_select.Case("little-halt-class", "halt", 3, 40, channels=16, output="class"),
+    token_select.Case("little-halt-packed", "halt", 3, 40, channels=16, packed=True),
+    token_select.Case("little-halt-packed-class", "halt", 3, 40, channels=16, output="class", packed=True),
+    token_select.Case("little-pack", "pack", 2, video.TOKENS, channels=8, film=True),
+    token_select.Case("little-unpack", "unpack", 2, video.TOKENS, channels=8, film=True),
+)
+MERGE = (
+    token_merge.Case("small-match", "match + merge", 41, 7, batch=2, channels=24, width=16),
+    token_merge.Case("small-match-even", "match + merge", 40, 20, batch=2, channels=24, width=16, class_token=False, memory=True),
+    token_merge.Case("small-over", "match + merge", 41, threshold=0.4, batch=2, channels=24, width=16),
+    token_merge.Case("small-video", "match + merge", video.TOKENS, 300, batch=2, channels=24, width=16, film=True),
+    token_merge.Case("small-merge", "merge", 41, 7, batch=2, channels=24, width=16),
+    token_merge.Case("small-unmerge", "unmerge", 41, 7, batch=2, channels=24, width=16),
+    token_merge.Case("small-into-meta", "soft merge", 41, meta=5, batch=2, channels=24, width=16),
+)
+ROOMS = {"sparse_attention": (sparse_attention, TINY), "token_select": (token_select, SELECT), "token_merge": (token_merge, MERGE)}
+CASES = [(module, case) for module, cases in ROOMS.values() for case in cases]
+BOTH_WAYS = [(m, case) for m, case in CASES if getattr(case, "operation", "") not in ("top-k", "threshold", "match + merge")]
+
+
+def names(pair: tuple[object, harness.Case]) -> str:
+    return pair[1].name
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +94,8 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roof, "COPY", 1 << 16)
     monkeypatch.setattr(roof, "STEPS", 1000)
     monkeypatch.setattr(cli, "ROOF_SECONDS", 0)
-    monkeypatch.setattr(sparse_attention, "CASES", tuple(case._replace(quick=True) for case in TINY))
+    for module, cases in ROOMS.values():
+        monkeypatch.setattr(module, "CASES", tuple(case._replace(quick=True) for case in cases))
     monkeypatch.setenv(allocator.MARKER, "1")
     monkeypatch.setattr(allocator, "touch_pool", lambda: 1 << 20)
 
@@ -59,12 +104,21 @@ def invoke(*arguments: object):
     return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], env={allocator.MARKER: "1"})
 
 
-@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_every_contender_computes_the_same(case: sparse_attention.Case, dtype: str, direction: str, request_for_tiny: Request) -> None:
-    trial = sparse_attention.prepare(case._replace(dtype=dtype, direction=direction), request_for_tiny)
-    measured = harness.measure(trial, dtype, harness.CpuClock(), 0.001, torch.get_num_threads())
+@pytest.mark.parametrize(("room", "case"), CASES, ids=map(names, CASES))
+def test_every_contender_computes_the_same(room: ModuleType, case: Any, dtype: str, request_for_tiny: Request) -> None:
+    check_contenders(room, case._replace(dtype=dtype), request_for_tiny)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("room", "case"), BOTH_WAYS, ids=map(names, BOTH_WAYS))
+def test_every_contender_computes_the_same_gradients(room: ModuleType, case: Any, dtype: str, request_for_tiny: Request) -> None:
+    check_contenders(room, case._replace(dtype=dtype, direction="fwd+bwd"), request_for_tiny)
+
+
+def check_contenders(room: ModuleType, case: Any, wish: Request) -> list[harness.Outcome]:
+    trial = room.prepare(case, wish)
+    measured = harness.measure(trial, case.dtype, harness.CpuClock(), 0.001, torch.get_num_threads())
     assert {outcome.status for outcome in measured.outcomes} <= {"ok", "not run"}, measured.outcomes
     ran = [outcome for outcome in measured.outcomes if outcome.status == "ok"]
     ours = [outcome for outcome in ran if outcome.ours]
@@ -73,6 +127,7 @@ def test_every_contender_computes_the_same(case: sparse_attention.Case, dtype: s
     assert set(ours[0].faster_than) == {outcome.name for outcome in ran if not outcome.ours}
     assert len(ran) >= 2
     assert all(0 <= outcome.error <= 1 and outcome.rounds >= harness.FEWEST_ROUNDS and outcome.seconds.low > 0 for outcome in ran)
+    return ran
 
 
 def test_cost_counts_kept_tokens_only(request_for_tiny: Request) -> None:
@@ -90,37 +145,140 @@ def test_video_layout_is_that_of_a_linear_layer(request_for_tiny: Request) -> No
     assert not query.is_contiguous()
 
 
-def test_real_cases_have_distinct_ids_and_cover_the_presets() -> None:
-    ids = [harness.case_id(case) for case in sparse_attention.CASES]
+@pytest.mark.parametrize("room", ROOMS)
+def test_real_cases_have_distinct_ids_and_cover_the_presets(room: str) -> None:
+    cases = ROOMS[room][0].CASES
+    ids = [harness.case_id(case) for case in cases]
     assert len(set(ids)) == len(ids)
-    quick = [case for case in sparse_attention.CASES if case.quick]
-    assert any(case.lists == "video" for case in quick)
-    assert {case.dtype for case in quick} == {"fp32", "bf16"}
+    quick = [case for case in cases if case.quick]
+    assert any(case.name.startswith("video") for case in quick)
     assert {case.direction for case in quick} == {"fwd", "fwd+bwd"}
+    assert {case.dtype for case in cases} == {"fp32", "bf16"}
     assert len(quick) < len(ids)
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest, request_for_tiny: Request) -> None:
-    _run_under_pytest_benchmark(case, request, request_for_tiny)
+@pytest.mark.parametrize(("room", "case"), CASES, ids=map(names, CASES))
+def test_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest, request_for_tiny: Request) -> None:
+    _run_under_pytest_benchmark(room, case, request, request_for_tiny)
+
+
+QUICK = [(module, case) for module, _ in ROOMS.values() for case in module.CASES if case.quick]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [case for case in sparse_attention.CASES if case.quick], ids=harness.case_id)
-def test_quick_preset_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest) -> None:
-    _run_under_pytest_benchmark(case, request, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+@pytest.mark.parametrize(("room", "case"), QUICK, ids=[harness.case_id(case) for _, case in QUICK])
+def test_quick_preset_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest) -> None:
+    _run_under_pytest_benchmark(room, case, request, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
 
 
-def _run_under_pytest_benchmark(case: sparse_attention.Case, request: pytest.FixtureRequest, wish: Request) -> None:
+def _run_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest, wish: Request) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     benchmark = request.getfixturevalue("benchmark")
     # a test run is no place to take times; --benchmark-only asks for them
     benchmark.disabled = not request.config.getoption("benchmark_only")
-    trial = sparse_attention.prepare(case, wish)
+    trial = room.prepare(case, wish)
     ours = next(contender for contender in trial.contenders if contender.ours)
-    results = ours.canonical(benchmark(ours.run))
+    # of the first call: a state that is updated in place goes on changing
+    results = ours.canonical(ours.run())
     for result, right in zip(results, trial.expected(), strict=True):
         assert harness.error_fraction(result, right, case.dtype) <= 1
+    benchmark(ours.run)
+
+
+COMPILED = [pair for pair in CASES if names(pair) in ("small-match", "small-into-meta")]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("room", "case"), COMPILED, ids=map(names, COMPILED))
+def test_compiled_peers(room: ModuleType, case: Any, request_for_tiny: Request) -> None:
+    ran = check_contenders(room, case, request_for_tiny._replace(slow_peers=True))
+    assert "torch, compiled" in {outcome.name for outcome in ran}
+
+
+class TestMatching:
+    """What makes somebody's plan right, whoever made it."""
+
+    case = next(case for case in MERGE if case.name == "small-match")
+
+    def status_of(self, spoil: Callable[[harness.Results], harness.Results]) -> harness.Outcome:
+        trial = token_merge.prepare(self.case, Request())
+        ours = next(contender for contender in trial.contenders if contender.ours)
+        spoilt = ours._replace(run=lambda: spoil(ours.run()))
+        [outcome] = harness.measure(trial._replace(contenders=[spoilt]), "fp32", harness.CpuClock(), 0.001, 1).outcomes
+        return outcome
+
+    def test_rows_may_stand_in_any_order(self) -> None:
+        def reverse(results: harness.Results) -> harness.Results:
+            rows, sizes, slot = results
+            return rows.flip(1), sizes.flip(1), rows.shape[1] - 1 - slot
+
+        assert self.status_of(reverse).status == "ok"
+
+    def test_a_worse_partner_is_wrong(self) -> None:
+        inputs = token_merge.make_inputs(self.case, Request())
+
+        def swap_metric(results: harness.Results) -> harness.Results:
+            # consistent in itself, but matched by something else
+            plan = tokenops.match_tokens(inputs.tokens[..., :16].contiguous(), r=self.case.r, class_token=True)
+            rows = tokenops.merge_tokens(inputs.tokens, plan, size=inputs.size)
+            return rows, tokenops.merge_tokens(inputs.size, plan, mode="sum"), plan.slot
+
+        outcome = self.status_of(swap_metric)
+        assert outcome.status == "wrong"
+        assert [reason.partition(":")[0] for reason in outcome.reasons] == ["similarities of merged pairs"]
+
+    def test_destinations_that_merge_are_wrong(self) -> None:
+        inputs = token_merge.make_inputs(self.case, Request())
+
+        def merge_destinations(results: harness.Results) -> harness.Results:
+            slot = results[2].clone()
+            slot[slot == slot[:, 3:4]] = slot[0, 1]
+            plan = tokenops.plan_from_slots(slot, results[0].shape[1])
+            rows = tokenops.merge_tokens(inputs.tokens, plan, size=inputs.size)
+            return rows, tokenops.merge_tokens(inputs.size, plan, mode="sum"), slot
+
+        outcome = self.status_of(merge_destinations)
+        assert "rows left" in [reason.partition(":")[0] for reason in outcome.reasons]
+
+    def test_rows_that_are_no_means_are_wrong(self) -> None:
+        outcome = self.status_of(lambda results: (results[0] * 1.001, *results[1:]))
+        assert [reason.partition(":")[0] for reason in outcome.reasons] == ["rows"]
+
+    def test_sizes_that_are_no_sums_are_wrong(self) -> None:
+        outcome = self.status_of(lambda results: (results[0], results[1] + 1, results[2]))
+        assert [reason.partition(":")[0] for reason in outcome.reasons] == ["sizes"]
+
+
+def test_lists_are_right_by_the_scores_in_them() -> None:
+    score = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
+    right = token_select._chosen(score, torch.tensor([[0, 1, 2]]))
+    # the other of two equal scores is as good
+    assert all(map(torch.equal, token_select._chosen(score, torch.tensor([[0, 2, 3]])), right))
+    # neither another score, nor another order, nor a gap is
+    for wrong in ([[0, 1, 3]], [[2, 1, 0]], [[0, -1, 2]]):
+        assert not all(map(torch.equal, token_select._chosen(score, torch.tensor(wrong)), right))
+
+
+def test_near_duplicates_of_the_excerpt() -> None:
+    """Real tokens repeat, so that a threshold has something to merge; the benchmark says how much."""
+    film = next(case for case in token_merge.CASES if case.threshold is not None)._replace(channels=8)
+    trial = token_merge.prepare(film, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+    found = re.match(r"(\d+) of 6276 tokens \((\d+) %\) are more similar than 0.9", trial.remark)
+    assert found, trial.remark
+    assert 15 < int(found[2]) < 45
+    ours = next(contender for contender in trial.contenders if contender.ours)
+    left = (ours.run()[1] > 0).sum(1)
+    assert int(left.sum()) == 6276 - int(found[1])
+    assert f"leaves {int(left.min())} to {int(left.max())} of 1569 in a clip" in trial.remark
+
+
+def test_halting_steps_halt_about_half() -> None:
+    for case in SELECT:
+        if case.operation == "halt" and not case.packed:
+            state = token_select._halting_step(case, Request()).state
+            assert 0.3 < state.active.float().mean() < 0.7
+            # no class token has halted, so that each has something to add
+            assert state.active[:, 0].all()
 
 
 def trial_of(*contenders: Contender) -> Trial:
@@ -287,7 +445,7 @@ def test_index_lists_of_the_excerpt() -> None:
     assert (same.diff(dim=1) > 0).all()
     # the class token and the whole first frame
     assert torch.equal(same[:, :197], torch.arange(197, dtype=torch.int32).expand(8, -1))
-    ragged = video.changed_more_than(tokens.change, sparse_attention.CHANGE)
+    ragged = video.changed_more_than(tokens.change, video.CHANGE)
     counts = (ragged >= 0).sum(1)
     assert counts.max() == ragged.shape[1]
     assert counts.min() < 0.5 * counts.max()
@@ -381,8 +539,8 @@ def test_the_command_as_users_run_it(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_machine")
 def test_bench_writes_table_json_and_chart(tmp_path: Path) -> None:
-    numbers, picture = tmp_path / "run.json", tmp_path / "run.png"
-    done = invoke("bench", "--seconds", "0.01", "--json", numbers, "--chart", picture, "--case", "tiny-s", "--case", "tiny-ragged")
+    numbers, drawing = tmp_path / "run.json", tmp_path / "run.png"
+    done = invoke("bench", "--seconds", "0.01", "--json", numbers, "--chart", drawing, "--case", "tiny-s", "--case", "tiny-ragged")
     assert done.exit_code == 0, done.output
     run = json.loads(numbers.read_text())
     assert [case["name"] for case in run["cases"]] == ["tiny-shared", "tiny-sample", "tiny-ragged", "tiny-short"]
@@ -401,7 +559,34 @@ def test_bench_writes_table_json_and_chart(tmp_path: Path) -> None:
         assert f"again: {case['repro']}" in done.output
     assert "roofs " in done.output
     assert "malloc" in done.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_bench_of_several_rooms(tmp_path: Path) -> None:
+    """Each room has a table and a panel of its own, because each has its own peers."""
+    numbers, drawing = tmp_path / "run.json", tmp_path / "run.png"
+    cases = [word for name in ("tiny-shared", "little-top-k", "small-match") for word in ("--case", f"{name}-fp32-fwd")]
+    rooms = ("token_merge", "token_select", "sparse_attention")
+    done = invoke("bench", *rooms, "--seconds", "0.01", "--json", numbers, "--chart", drawing, *cases)
+    assert done.exit_code == 0, done.output
+    assert re.findall(r"^(\w+), tokenops: how many times faster than", done.output, re.MULTILINE) == list(rooms)
+    assert [case["room"] for case in record.read(numbers)["cases"]] == list(rooms)
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_bench_reports_memory_and_the_input(tmp_path: Path) -> None:
+    numbers = tmp_path / "run.json"
+    done = invoke("bench", "token_merge", "--seconds", "0.01", "--json", numbers, "--case", "small-match-even", "--case", "small-video")
+    assert done.exit_code == 0, done.output
+    even, film = record.read(numbers)["cases"]
+    assert "adds MB" in done.output
+    timed = [contender for contender in even["contenders"] if contender["status"] == "ok"]
+    assert all(contender["memory"] >= 0 for contender in timed)
+    assert not any("memory" in contender for contender in film["contenders"])
+    assert even["remark"] == ""
+    assert film["remark"] in " ".join(done.output.split())
 
 
 @pytest.mark.usefixtures("small_machine")
@@ -458,7 +643,7 @@ def test_select_cases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_room"], "ROOM must be one of sparse_attention, got 'no_such_room'"),
+        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, got 'no_such_room'"),
         (["--backend", "abacus"], "--backend must be one of triton, cpu, .* got 'abacus'"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
@@ -475,6 +660,74 @@ def test_clear_errors(arguments: list[str], message: str) -> None:
     assert done.exit_code != 0
     assert isinstance(done.exception, SystemExit)
     assert re.search(message, " ".join(done.output.split()))
+
+
+@pytest.mark.skipif(allocator.platform.libc_ver()[0] != "glibc", reason="needs glibc and /proc")
+def test_added_memory_is_the_peak_of_a_call() -> None:
+    mega = 1 << 20
+
+    def block(megabytes: int) -> torch.Tensor:
+        return torch.ones(megabytes * mega, dtype=torch.uint8)
+
+    def call() -> torch.Tensor:
+        # 40 and 20 at once, then 20 and 30
+        first, second = block(40), block(20)
+        del first
+        return torch.cat([second, block(10)])
+
+    for _ in range(2):
+        added = allocator.added_memory(call)
+        assert added is not None
+        assert 59 * mega < added < 62 * mega
+    assert allocator.added_memory(lambda: None) < mega
+
+
+def test_picture_of_a_frame(tmp_path: Path) -> None:
+    drawing = tmp_path / "frame.png"
+    done = invoke("picture", drawing, "--frame", "7")
+    assert done.exit_code == 0, done.output
+    assert str(drawing) in done.output
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+def test_clusters_of_a_picture() -> None:
+    frame = video.read_frames(video.EXCERPT)[66]
+    small = frame.float().view(picture.GRID, picture.PATCH, picture.GRID, picture.PATCH, 3).mean((1, 3)) / 255
+    before = torch.arange(picture.GRID**2)
+    for at, clusters in enumerate(picture.merge_frame(frame)):
+        member = clusters.member.flatten()
+        assert clusters.count == len(member.unique()) == picture.GRID**2 >> (at + 1)
+        # every patch has the mean colour of its cluster
+        for cluster in member.unique()[:20]:
+            mine = clusters.member == cluster
+            torch.testing.assert_close(clusters.colour[mine], small[mine].mean(0).expand(int(mine.sum()), 3), rtol=0, atol=2e-6)
+        # clusters only grow: who was together stays together
+        assert len(torch.stack([before, member]).unique(dim=1).T) == len(before.unique())
+        before = member
+
+
+def test_borders_stand_between_clusters() -> None:
+    member = torch.tensor([[0, 0], [1, 0]])
+    assert picture.borders(member) == [((1, 1), (1, 2)), ((0, 1), (1, 1))]
+    assert picture.borders(torch.zeros(3, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frame.png", "--frame", "9999"], "--frame must be less than 132, the number of frames, got 9999"),
+        (["frame.png", "--backend", "abacus"], "--backend must be one of .* for token_merge, got 'abacus'"),
+        (["frame.png", "--video", "absent.mp4"], "cannot read 'absent.mp4' as a video"),
+        (["frame.doc"], "'frame.doc' must end in .png, .pdf, .svg"),
+    ],
+)
+def test_clear_errors_of_a_picture(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("picture", *arguments)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, SystemExit)
+    assert re.search(message, " ".join(done.output.split()))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -499,7 +752,7 @@ def test_info() -> None:
     assert re.search(r"reference +on$", done.output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [(), ("bench",), ("info",), ("compare",)])
+@pytest.mark.parametrize("command", [(), ("bench",), ("info",), ("compare",), ("picture",)])
 def test_help(command: tuple[str, ...]) -> None:
     done = invoke(*command, "-h")
     assert done.exit_code == 0
@@ -556,6 +809,17 @@ def test_compare_refuses_other_files(tmp_path: Path) -> None:
     assert "cannot read" in done.output
 
 
+def test_tables_hold_cases_that_share_peers() -> None:
+    def case(room: str, name: str, *peers: str) -> record.Record:
+        contenders = [{"name": peer, "ours": False, "status": "ok"} for peer in peers]
+        absent = {"name": "absent", "ours": False, "status": "not run"}
+        return {"room": room, "id": name, "contenders": [{"name": "tokenops", "ours": True, "status": "ok"}, *contenders, absent]}
+
+    cases = [case("a", "1", "x"), case("a", "2", "y"), case("b", "3", "x"), case("a", "4", "z"), case("a", "5", "y", "x")]
+    # the last one joins the first two; another room stays apart, and who did not run joins nobody
+    assert [[case["id"] for case in group] for group in record.comparable(cases)] == [["1", "2", "5"], ["3"], ["4"]]
+
+
 def test_chart_needs_a_ratio(tmp_path: Path) -> None:
     with pytest.raises(chart.ChartError, match="nothing to draw"):
         chart.draw({"cases": [], "environment": {}}, tmp_path / "empty.png")
@@ -591,6 +855,7 @@ def test_table_says_when_not_to_trust_it() -> None:
         "dtype": "fp32",
         "direction": "fwd",
         "page_faults": 0,
+        "remark": "",
         "repro": "tokenops bench",
         "contenders": [steady, absent],
     }

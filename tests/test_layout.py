@@ -105,7 +105,7 @@ def test_kernels_are_registered_in_their_own_file() -> None:
         text = path.read_text()
         if "STABLE_TORCH_LIBRARY" in text:
             last = text.rindex("STABLE_TORCH_LIBRARY")
-            assert text[last:].count("\n") < 12, f"{path.name}: the registration stands at the end"
+            assert text[last:].count("\n") < 16, f"{path.name}: the registration stands at the end"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -291,14 +291,51 @@ def test_library_runs_under_the_oldest_torch(wheel: Path, tmp_path: Path) -> Non
 # --- what the README says ---
 
 
-def test_readme_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def readme_example(about: str) -> str:
+    """The one example in the README that calls this."""
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if about in text)
+    return example
+
+
+def test_readme_example_of_attention_runs() -> None:
     query, key, value = torch.randn(3, 2, 3, 500, 16).unbind()
     names = {"query": query, "key": key, "value": value, "score": torch.rand(2, 500)}
-    exec(example, names)
+    exec(readme_example("q_index"), names)
     kept = names["kept"][:, None, :, None].expand(-1, 3, -1, 16)
     wanted = torch.nn.functional.scaled_dot_product_attention(*(grid.gather(2, kept) for grid in (query, key, value)))
     torch.testing.assert_close(names["out"], wanted)
+
+
+def test_readme_example_of_merging_runs() -> None:
+    query, key, value = torch.randn(3, 2, 3, 84, 16).unbind()
+    tokens, size = torch.randn(2, 100, 24), torch.ones(2, 100)
+    names = {"query": query, "key": key, "value": value, "keys": torch.randn(2, 100, 8), "tokens": tokens, "size": size}
+    exec("import tokenops\n" + readme_example("match_tokens"), names)
+    assert (names["tokens"].shape, names["dense"].shape) == ((2, 84, 24), (2, 100, 24))
+    torch.testing.assert_close((names["tokens"] * names["size"][..., None]).sum(1), tokens.sum(1))
+    torch.testing.assert_close(names["out"], tokenops.sparse_attention(query, key, value, kv_bias=names["size"].log()))
+
+
+def test_readme_example_of_selecting_runs() -> None:
+    score, tokens = torch.rand(2, 500), torch.randn(2, 500, 24)
+    names = {"score": score, "tokens": tokens, "layer": torch.nn.Identity()}
+    exec("import tokenops\n" + readme_example("select_tokens"), names)
+    kept = torch.zeros(2, 500, dtype=torch.bool).scatter(1, score[:, 1:].topk(391).indices + 1, True)
+    kept[:, 0] = True
+    torch.testing.assert_close(names["grid"], tokens * kept[..., None], rtol=0.0, atol=0.0)
+    first = torch.sigmoid(10.0 * tokens[..., 0])
+    assert names["active"].count.tolist() == (first < 0.99).sum(-1).tolist()
+    # the weights of a token sum to 1, and it was the same in both steps
+    torch.testing.assert_close(names["state"].out, tokens)
+
+
+def test_readme_says_in_which_room_a_function_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for room in ("sparse_attention", "token_merge", "token_select"):
+        (row,) = re.findall(rf"^\| `{room}` \| (.*) \|$", readme, re.MULTILINE)
+        listed = re.findall(r"`(\w+)`", row)
+        public = [name for name in tokenops.__all__ if getattr(tokenops, name).__module__.startswith(f"tokenops.ops.{room}")]
+        assert sorted(listed) == sorted(public)
 
 
 def test_readme_lists_every_environment_variable() -> None:

@@ -249,7 +249,8 @@ def test_a_score_at_the_bound_is_neither_reached_nor_going(backend: str, device:
     assert new.active.tolist() == [[False, True]]
     assert new.counter.tolist() == [[1.0, 2.0]]
     assert new.rho.tolist() == [[1.0, 1.0]]
-    assert (new.out == 0.0).all()
+    assert (new.out[0, 0] == 0.0).all()
+    assert new.out.abs().max() < 1e-30
 
 
 def test_any_layout(backend: str, device: str) -> None:
@@ -281,8 +282,11 @@ def test_any_layout(backend: str, device: str) -> None:
 
 def test_columns_are_served(device: str) -> None:
     call = halting_call(2, 9, 8, device=device)
-    columns = call.x.mT.contiguous().mT
-    assert_state_close(tokenops.halt_tokens(columns, call.state, **call.options), halt_as_printed(*call[:2], **call.options), torch.float32)
+    want = halt_as_printed(*call[:2], **call.options)
+    assert_state_close(tokenops.halt_tokens(call.x.mT.contiguous().mT, call.state, **call.options), want, torch.float32)
+    columns = call.state._replace(out=call.state.out.mT.contiguous().mT)
+    assert_state_close(tokenops.halt_tokens(call.x, columns, **call.options), want, torch.float32)
+    assert_state_close(tokenops.halt_tokens_(call.x, columns, **call.options), want, torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (0, 0, 8)], ids=str)
@@ -390,6 +394,8 @@ ERRORS = {
     "rank of packed rows": (X, {"cu_seqlens": BOUNDS}, ValueError, r"x must be \[T, C\] with cu_seqlens, got \[2, 3, 4\]"),
     "no channel": (X[..., :0], {}, ValueError, "x must have at least one channel, the halting score"),
     "no class token": (X[:, :0], {"output": "class"}, ValueError, "x must have a first token, the class token"),
+    "learned scale": (X, {"scale": torch.tensor(1.0)}, TypeError, "scale must be a number, for which there is no gradient, got a Tensor"),
+    "plain tuple": (X, {"state": tuple(state_of())}, TypeError, "state must be a HaltState, got tuple"),
     "eps": (X, {"eps": 1.0}, ValueError, r"eps must be in \[0, 1\), got 1.0"),
     "output": (X, {"output": "first"}, ValueError, "output must be 'all' or 'class', got 'first'"),
     "float bounds": (X[0], {"cu_seqlens": BOUNDS.float()}, TypeError, "cu_seqlens must be int32 or int64, got torch.float32"),

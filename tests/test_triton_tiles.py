@@ -14,6 +14,7 @@ from cases import Case, build, with_mask
 from oracle import problem_of
 
 from tokenops.triton import sparse_attention as launchers
+from tokenops.triton.launch import dot_precision
 from tokenops.triton.sparse_attention.tiles import LARGEST, TABLE, choose_tiles, pad, row_tiles, shared_bytes
 
 WIDTHS = (8, 16, 40, 64, 72, 128, 136, 256)
@@ -98,7 +99,7 @@ def test_float32_products_follow_torchs_switch() -> None:
     try:
         for setting, want in (("ieee", "ieee"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert launchers._dot_precision(torch.float32) == want
-            assert launchers._dot_precision(torch.bfloat16) == "ieee"
+            assert dot_precision(torch.float32) == want
+            assert dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

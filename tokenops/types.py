@@ -152,7 +152,7 @@ class Role(IntEnum):
     STAY = 0
     SOURCE = 1
     DESTINATION = 2
-    BOTH = 3  # previous-frame chains
+    BOTH = 3  # chains; it may choose itself and stay, unless a window forbids
     DROPPED = 4
 
 
@@ -160,7 +160,7 @@ class HaltProblem(NamedTuple):
     """One halting step after the door has checked it. A packed call has B = 1, its rows as N, and ``cu_seqlens``."""
 
     x: Tensor  # [B, N, C], last dimension dense, any other strides
-    state: HaltState | None  # before the step; vectors [B, N] and out [B, N, C] (or [S, C]) have a dense last dimension. None = the first
+    state: HaltState | None  # before the step; vectors [B, N] of any strides, out [B, N, C] (or [S, C]) of dense rows. None = the first
     cu_seqlens: Tensor | None  # [S + 1] int32, sample s owns rows cu_seqlens[s] : cu_seqlens[s + 1]; without it every sample is a row of B
     scale: float
     center: float

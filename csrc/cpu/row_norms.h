@@ -7,10 +7,6 @@
 namespace tokenops {
 namespace TOKENOPS_ISA {
 
-TOKENOPS_INLINE float to_float(float x) { return x; }
-TOKENOPS_INLINE float to_float(bf16 x) { return bf16_to_float(x.bits); }
-TOKENOPS_INLINE float to_float(f16 x) { return half_to_float(x.bits); }
-
 struct RowNorm {
   float inverse;  // 1 / norm of the row times `by`, 0 for a row of zeros
   float by;       // the power of two that brings the row to a usual magnitude: 1 for nearly all

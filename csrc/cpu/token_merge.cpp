@@ -105,15 +105,23 @@ void check_side(const char* name, const Tensor& grid, const OptionalTensor& scal
 Pairs pairs_of(const Tensor& a, bool normalize, bool windowed, int64_t t_low, int64_t t_high, int64_t reach_y, int64_t reach_x) {
   const int64_t width = a.size(2);
   STD_TORCH_CHECK(width > 0 && width % 8 == 0, "the width of what is compared must be a multiple of 8, got ", width);
-  return {storage_of("what is compared", a), width, normalize, windowed, t_low, t_high, reach_y, reach_x};
+  // two places are less than this apart, and so far beyond nothing overflows
+  const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
+  return {storage_of("what is compared", a), width, normalize, windowed, held(t_low), held(t_high), held(reach_y), held(reach_x)};
 }
 
-Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vector<PairSample>& samples) {
+// after(sample) runs once all its rows have their pair, on the thread that found the last of them
+template <class After>
+Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vector<PairSample>& samples, const After& after) {
   BlockRow rows;
+  std::vector<std::atomic<int64_t>> blocks_left(samples.size());
   int64_t most = 0;
-  for (const PairSample& sample : samples) {
-    rows.add(loops.pair_blocks(sample.a.count), sample.b.count + 16);
-    most = std::max(most, sample.b.count);
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const int64_t blocks = loops.pair_blocks(samples[s].a.count);
+    rows.add(blocks, samples[s].b.count + 16);
+    blocks_left[s] = blocks;
+    most = std::max(most, samples[s].b.count);
+    if (blocks == 0) after(static_cast<int64_t>(s));
   }
   const int64_t pieces = std::min<int64_t>(kPairPiecesPerThread * torch::stable::get_num_threads(), rows.work());
   std::atomic<bool> finite{true};
@@ -121,6 +129,7 @@ Status find_pairs(const TokenMergeLoops& loops, const Pairs& p, const std::vecto
     rows.for_piece(piece, pieces, [&](int64_t s, int64_t from, int64_t to) {
       if (!loops.pair(p, samples[s], from, to, lease.holds == s, lease.memory)) finite = false;
       lease.holds = s;
+      if (blocks_left[s].fetch_sub(to - from) == to - from) after(s);
     });
   });
   return !done ? kNoMemory : finite ? kOk : kBadContents;
@@ -149,7 +158,7 @@ int64_t argmax(Tensor best, Tensor index, Tensor a, Tensor b, OptionalTensor a_m
   for (int64_t s = 0; s < batch; ++s)
     samples.push_back({side_of(a, s, of_a, a_scale, a_place), side_of(b, s, of_b, b_scale, b_place),
                        best.mutable_data_ptr<float>() + s * rows, index.mutable_data_ptr<int32_t>() + s * rows});
-  return find_pairs(loops, p, samples);
+  return find_pairs(loops, p, samples, [](int64_t) {});
 }
 
 // the tensors of a plan that is being made
@@ -188,6 +197,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   const Pairs p = pairs_of(metric, normalize, windowed, t_low, t_high, reach_y, reach_x);
   const NewPlan plan(slot, count, order, offsets, batch, tokens);
   if (role) check_per_token("role", *role, ScalarType::Char, batch, tokens);
+  STD_TORCH_CHECK(r.value_or(0) >= 0, "r must not be negative, got ", r.value_or(0));
   const auto role_of = [&](int64_t s, int64_t i) -> int8_t {
     if (role) return sample_of<int8_t>(*role, s)[i * role->stride(1)];
     if ((i == 0 && class_token) || (i == 1 && distill_token)) return 0;
@@ -204,18 +214,20 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   for (int64_t s = 0; s < batch; ++s)
     samples.push_back({side_of(metric, s, sources, source_scale, place), side_of(metric, s, destinations, destination_scale, place),
                        best.get() + s * tokens, index.get() + s * tokens});
-  if (const Status status = find_pairs(loops, p, samples); status != kOk) return status;
-
   std::atomic<bool> right{true};
-  run_parallel(batch, 0, [&](int64_t s, Lease&) {
+  const Status status = find_pairs(loops, p, samples, [&](int64_t s) {
     int32_t* of_sample = parent.get() + s * tokens;
-    for (int64_t i = 0; i < tokens; ++i) of_sample[i] = role_of(s, i) & kDropped ? -1 : static_cast<int32_t>(i);
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int8_t kind = role_of(s, i);
+      if (kind < 0 || kind > kDropped) right = false;
+      of_sample[i] = kind & kDropped ? -1 : static_cast<int32_t>(i);
+    }
     const PairSide& a = samples[s].a;
     adopt_sources(of_sample, a.list, a.count, samples[s].best, samples[s].index, r.value_or(a.count),
                   static_cast<float>(threshold.value_or(-std::numeric_limits<double>::infinity())), keys.get() + s * tokens);
     if (!plan_from_parents(of_sample, plan.sample(s))) right = false;
   });
-  return right ? kOk : kBadContents;
+  return status != kOk ? status : right ? kOk : kBadContents;
 }
 
 int64_t make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor target, bool is_slot) {
@@ -378,7 +390,7 @@ struct SoftCall {
     check_like("meta", meta, x, meta.size(1), metric.size(2));
     p = {storage_of("x", x), x.size(2), metric.size(2), meta.size(1), normalize, static_cast<float>(temperature)};
     STD_TORCH_CHECK(p.metas > 0 && p.metric_width > 0, "meta must have rows and columns");
-    check_like("out", out, x, p.metas, p.width);
+    check_sums("out", out);
     check_numbers("mass_out", mass_out, p.metas);
     check_numbers("lse", lse, tokens);
     if (mass) check_per_token("mass", *mass, ScalarType::Float, batch, tokens);
@@ -391,7 +403,7 @@ struct SoftCall {
       sample.metric = sample_bytes(metric, s), sample.metric_row = metric.stride(1);
       sample.meta = sample_bytes(meta, s), sample.meta_row = meta.stride(1);
       if (mass) sample.mass = sample_of<float>(*mass, s), sample.mass_row = mass->stride(1);
-      sample.out = const_cast<char*>(sample_bytes(out, s)), sample.out_row = out.stride(1);
+      sample.out = const_cast<float*>(out.const_data_ptr<float>()) + s * out.stride(0), sample.out_row = out.stride(1);
       sample.mass_out = numbers_of(mass_out, s), sample.lse = numbers_of(lse, s);
     }
   }
@@ -404,6 +416,14 @@ struct SoftCall {
     check_size(name, t, 0, batch);
     check_size(name, t, 1, rows);
     check_size(name, t, 2, width);
+  }
+  // a row for each meta token, float32 whatever x is
+  void check_sums(const char* name, const Tensor& t) const {
+    check_tokens(name, t);
+    check_dtype(name, t, ScalarType::Float);
+    check_size(name, t, 0, batch);
+    check_size(name, t, 1, p.metas);
+    check_size(name, t, 2, p.width);
   }
   void check_numbers(const char* name, const Tensor& t, int64_t count) const {
     check_per_token(name, t, ScalarType::Float, batch, count);
@@ -437,7 +457,7 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
                       double temperature, OptionalTensor mass, bool normalize, Tensor out, Tensor mass_out, Tensor lse, std::string isa) {
   const TokenMergeLoops& loops = loops_of<TokenMergeLoops>(isa);
   SoftCall call(x, metric, meta, temperature, mass, normalize, out, mass_out, lse);
-  call.check_like("grad_out", grad_out, x, call.p.metas, call.p.width);
+  call.check_sums("grad_out", grad_out);
   call.check_numbers("grad_mass_out", grad_mass_out, call.p.metas);
   if (grad_x) call.check_like("grad_x", *grad_x, x, call.tokens, call.p.width);
   if (grad_metric) call.check_like("grad_metric", *grad_metric, x, call.tokens, call.p.metric_width);
@@ -451,7 +471,7 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
   }
   for (int64_t s = 0; s < call.batch; ++s) {
     SoftSample& sample = call.samples[s];
-    sample.grad_out = sample_bytes(grad_out, s), sample.grad_out_row = grad_out.stride(1);
+    sample.grad_out = grad_out.const_data_ptr<float>() + s * grad_out.stride(0), sample.grad_out_row = grad_out.stride(1);
     sample.grad_mass_out = call.numbers_of(grad_mass_out, s);
     if (grad_x) sample.grad_x = const_cast<char*>(sample_bytes(*grad_x, s)), sample.grad_x_row = grad_x->stride(1);
     if (grad_metric) {

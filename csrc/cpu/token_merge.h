@@ -72,12 +72,12 @@ struct SoftSample {
   int64_t x_row, metric_row, meta_row;
   const float* mass;  // [N] or null: ones
   int64_t mass_row;
-  void* out;  // [M] rows
+  float* out;  // [M] rows: not rounded to the storage type, for the backward pass takes differences of it
   int64_t out_row;
   float* mass_out;  // [M]
   float* lse;       // [N]
   // backward only; null where no gradient is wanted
-  const void* grad_out;  // [M] rows
+  const float* grad_out;  // [M] rows
   int64_t grad_out_row;
   const float* grad_mass_out;  // [M]
   void *grad_x, *grad_metric, *grad_meta;

@@ -30,12 +30,6 @@ void unmerge(const Segments& p, const SegmentSample& s, int64_t first, int64_t l
 bool soft(const SoftMerge& p, const SoftSample& s, int64_t first, int64_t last, float* part, char* scratch) {
   return with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { return soft_tokens<T>(p, s, first, last, part, scratch); });
 }
-void soft_sum(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count) {
-  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { soft_results<T>(p, s, parts, count); });
-}
-void soft_prepare(const SoftMerge& p, const SoftSample& s, float* prepared) {
-  with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { prepare_sample<T>(p, s, prepared); });
-}
 void soft_backward(const SoftMerge& p, const SoftSample& s, const float* prepared, int64_t first, int64_t last, float* part,
                    char* scratch) {
   with_types(p.storage, [&]<class T, class Dot>(Types<T, Dot>) { soft_tokens_backward<T>(p, s, prepared, first, last, part, scratch); });
@@ -57,11 +51,11 @@ const TokenMergeLoops& loops() {
                                          soft_scratch,
                                          soft_part,
                                          soft,
-                                         soft_sum,
+                                         soft_results,
                                          soft_backward_scratch,
                                          soft_prepared,
                                          soft_backward_part,
-                                         soft_prepare,
+                                         prepare_sample,
                                          soft_backward,
                                          soft_backward_sum};
   return table;

@@ -75,8 +75,10 @@ struct Candidates {
       const RowNorm norm = norm_of(from.base + id * from.stride, p.width);
       finite &= norm.finite;
       if (p.normalize && norm.by != 1.f) scale_packed<Dot>(rows + j * scalars, 1, scalars, norm.by);
-      factor[j] = (p.normalize ? norm.inverse : 1.f) * (b.scale ? b.scale[id * b.scale_row] : 1.f);
-      finite &= factor[j] == factor[j];
+      // an infinite scale is none of a zero row: such a factor is no number, and its scores cannot win
+      const float scale = b.scale ? b.scale[id * b.scale_row] : 1.f;
+      finite &= scale == scale;
+      factor[j] = (p.normalize ? norm.inverse : 1.f) * scale;
       if (p.windowed) reach[j] = reach_of(p, b.place + id * kPlaces);
     }
     if (p.windowed)
@@ -106,9 +108,9 @@ struct PairBlock {
       const RowNorm norm = norm_of(from.base + id * from.stride, p.width);
       finite &= norm.finite;
       if (p.normalize && norm.by != 1.f) scale_packed<Dot>(rows + i, V * L, scalars, norm.by);
-      const float by = (p.normalize ? norm.inverse : 1.f) * (a.scale ? a.scale[id * a.scale_row] : 1.f);
-      finite &= by == by;
-      factor[i / L][i % L] = by;
+      const float scale = a.scale ? a.scale[id * a.scale_row] : 1.f;
+      finite &= scale == scale;
+      factor[i / L][i % L] = (p.normalize ? norm.inverse : 1.f) * scale;
       if (!p.windowed) continue;
       for (int64_t d = 0; d < kPlaces; ++d) {
         const int32_t at = a.place[id * kPlaces + d];

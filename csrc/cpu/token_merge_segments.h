@@ -55,6 +55,8 @@ struct Members {
 };
 Members members_of(const SegmentSample& s, int64_t slot) { return {s.order + s.offsets[slot], s.offsets[slot + 1] - s.offsets[slot]}; }
 
+constexpr float kLowestNormal = 0x1p-126f;  // reciprocals of what is below may overflow
+
 // what a row of a mean is divided by; zero for a row without mass
 float mass_of(const Segments& p, const SegmentSample& s, Members members) {
   if (p.mode != MergeMode::mean) return 1.f;
@@ -97,6 +99,7 @@ bool merge_rows(const Segments& p, const SegmentSample& s, int64_t first, int64_
       continue;
     }
     const float by = 1.f / mass, own = size_of(s, members.id[0]);
+    const bool tiny = mass < kLowestNormal;
     if (p.mode == MergeMode::amax)
       for_columns(p.width, [&](int64_t c, auto n) {
         auto top = load_columns<n()>(destination + c);
@@ -111,7 +114,7 @@ bool merge_rows(const Segments& p, const SegmentSample& s, int64_t first, int64_
       for_columns(p.width, [&](int64_t c, auto n) {
         auto sum = load_columns<n()>(destination + c) * own;
         for (int64_t k = 1; k < members.count; ++k) sum += load_columns<n()>(token_of<T>(s, members.id[k]) + c) * size_of(s, members.id[k]);
-        store_columns<n()>(to + c, sum * by, p.past_caches);
+        store_columns<n()>(to + c, tiny ? sum / mass : sum * by, p.past_caches);
       });
   }
   stream_fence();
@@ -162,7 +165,7 @@ bool merge_rows_backward(const Segments& p, const SegmentSample& s, int64_t firs
     const float mass = mass_of(p, s, members), by = mass == 0.f ? 0.f : 1.f / mass;
     for (int64_t k = 0; k < members.count; ++k) {
       const int32_t id = members.id[k];
-      const float size = size_of(s, id), weight = size * by;
+      const float size = size_of(s, id), weight = mass == 0.f ? 0.f : size / mass;
       sizes_right &= size >= 0.f;
       if (s.grad_size) s.grad_size[id] = grad_size_of(grad, token_of<T>(s, id), merged, p.width, by);
       if (!s.result) continue;

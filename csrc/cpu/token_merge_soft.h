@@ -229,37 +229,43 @@ float sum_element(const float* parts, int64_t at, int64_t part, int64_t count) {
   return sum;
 }
 
-template <class T>
+// What rows are divided by: no reciprocal, which overflows where a meta token resembles nothing and has a denormal mass.
+float divisor_of(float mass) { return mass == 0.f ? 1.f : mass; }
+
 void soft_results(const SoftMerge& p, const SoftSample& s, float* parts, int64_t count) {
   const int64_t width = padded_width(p), part = soft_part(p), masses = padded_metas(p) * width;
   for (int64_t m = 0; m < p.metas; ++m) {
-    const float mass = sum_element(parts, masses + m, part, count), by = mass == 0.f ? 0.f : 1.f / mass;
+    const float mass = sum_element(parts, masses + m, part, count), by = divisor_of(mass);
     s.mass_out[m] = mass;
     // the first part has been read by then, and is no longer needed
     float* row = parts + m * width;
     sum_row(row, parts, m * width, part, count, width);
-    for (int64_t c = 0; c < width; c += kLanes) store<kLanes>(row + c, load<kLanes>(row + c) * by);
-    write_row((T*)s.out + m * s.out_row, row, p.width);
+    for (int64_t c = 0; c < width; c += kLanes) store<kLanes>(row + c, mass == 0.f ? VecF<kLanes>{} : load<kLanes>(row + c) / by);
+    write_row(s.out + m * s.out_row, row, p.width);
   }
 }
 
 // ---- backward ----
 
-// gradient of the sums [padded metas][padded width], then of the masses [padded metas]
-int64_t soft_prepared(const SoftMerge& p) { return soft_part(p); }
+// Gradient of the rows out [padded metas][padded width], what comes from elsewhere [padded metas], divisors [padded metas]. A weight's
+// gradient is (<grad_out, x> + the second) / divisor: a weight may be as small as its mass, so the two are divided first.
+int64_t soft_prepared(const SoftMerge& p) { return soft_part(p) + padded_metas(p); }
 // gradient of the directions [padded metas][padded metric], its part along the direction [padded metas], temperature [1]
 int64_t soft_backward_part(const SoftMerge& p) { return padded_metas(p) * (padded_metric(p) + 1) + kLanes; }
 
-template <class T>
 void prepare_sample(const SoftMerge& p, const SoftSample& s, float* prepared) {
   const int64_t width = padded_width(p);
-  float* masses = prepared + padded_metas(p) * width;
+  float *masses = prepared + padded_metas(p) * width, *divisors = masses + padded_metas(p);
   memset(prepared, 0, soft_prepared(p) * sizeof(float));
-  for (int64_t m = 0; m < p.metas; ++m) {
-    const T *grad = (const T*)s.grad_out + m * s.grad_out_row, *out = (const T*)s.out + m * s.out_row;
-    const float by = s.mass_out[m] == 0.f ? 0.f : 1.f / s.mass_out[m];
-    for (int64_t c = 0; c < p.width; ++c) prepared[m * width + c] = to_float(grad[c]) * by;
-    masses[m] = s.grad_mass_out[m] - dot_rows(grad, out, p.width) * by;
+  for (int64_t m = 0; m < padded_metas(p); ++m) {
+    divisors[m] = divisor_of(m < p.metas ? s.mass_out[m] : 0.f);
+    if (m >= p.metas) continue;
+    const float *grad = s.grad_out + m * s.grad_out_row, *out = s.out + m * s.out_row;
+    masses[m] = s.grad_mass_out[m] * divisors[m];
+    // nothing depends on the row of a meta token without mass
+    if (s.mass_out[m] == 0.f) continue;
+    memcpy(prepared + m * width, grad, p.width * sizeof(float));
+    masses[m] -= dot_rows(grad, out, p.width);
   }
 }
 
@@ -292,7 +298,7 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
                           char* memory) {
   constexpr int L = kLanes;
   const int64_t metas = padded_metas(p), width = padded_width(p), metric = padded_metric(p);
-  const float *grad_sums = prepared, *grad_masses = prepared + metas * width;
+  const float *grad_out = prepared, *grad_masses = grad_out + metas * width, *divisors = grad_masses + metas;
   float *directions = part, *along_metas = part + metas * metric, *temperature = along_metas + metas;
   SoftBackwardScratch scratch(Arena{memory}, p);
   memset(part, 0, soft_backward_part(p) * sizeof(float));
@@ -315,15 +321,16 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
     for (int64_t m = 0; m < metas; m += kTileRows) {
       VecF<L> tile[kTileRows][V];
       clear<L>(tile);
-      multiply_tile<FloatDot, L, kTileRows, V>(grad_sums + m * width, width, 1, scratch.x, V * L, p.width, tile);
+      multiply_tile<FloatDot, L, kTileRows, V>(grad_out + m * width, width, 1, scratch.x, V * L, p.width, tile);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) {
           const int64_t at = ((m + r) * V + v) * L;
-          const VecF<L> weight = exp2<L, 5>(load<L>(logits + at) - lse[v]), grad = tile[r][v] + grad_masses[m + r];
-          total[v] += weight, share[v] += weight * grad;
-          store<L>(weights + at, weight), store<L>(grads + at, grad);
+          const VecF<L> weight = exp2<L, 5>(load<L>(logits + at) - lse[v]), ratio = weight / divisors[m + r];
+          const VecF<L> grad = tile[r][v] + grad_masses[m + r];
+          total[v] += weight, share[v] += ratio * grad;
+          store<L>(weights + at, ratio), store<L>(grads + at, grad);
         }
     }
     for (int v = 0; v < V; ++v) {
@@ -336,7 +343,7 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
       for (int v = 0; v < V; ++v) store<L>(grad_mass + v * L, share[v]);
       memcpy(s.grad_mass + from, grad_mass, block.count * sizeof(float));
     }
-    // weights become those of the sums, grads those of the similarities
+    // weights become those of the rows out, grads those of the similarities
     VecF<L> along[V];
     for (int v = 0; v < V; ++v) along[v] = VecF<L>{};
     const float cool = 1.f / p.temperature;
@@ -344,17 +351,18 @@ void soft_tokens_backward(const SoftMerge& p, const SoftSample& s, const float* 
       VecF<L> along_meta{};
       for (int v = 0; v < V; ++v) {
         const int64_t at = (m * V + v) * L;
-        const VecF<L> weight = load<L>(weights + at) * mass[v], grad = weight * (load<L>(grads + at) - share[v]) * cool;
+        const VecF<L> weight = load<L>(weights + at) * mass[v];
+        const VecF<L> grad = weight * (load<L>(grads + at) - divisors[m] * share[v]) * cool;
         const VecF<L> similar = load<L>(logits + at) * (kLn2 * p.temperature);
-        warmth += grad * similar * -cool;
         along[v] += grad * similar, along_meta += grad * similar;
         store<L>(weights + at, weight), store<L>(grads + at, grad);
       }
       along_metas[m] += sum_lanes(along_meta);
     }
+    for (int v = 0; v < V; ++v) warmth -= along[v] * cool;
     if (s.grad_x) {
       memset(scratch.columns, 0, width * V * L * sizeof(float));
-      multiply_columns(grad_sums, 1, width, weights, V * L, p.metas, scratch.columns, V * L, width, V * L);
+      multiply_columns(grad_out, 1, width, weights, V * L, p.metas, scratch.columns, V * L, width, V * L);
       const Rows<T> rows = scratch.range.template rows<T>(s.x, s.x_row, 0, block.count);
       unpack_lanes((T*)s.grad_x + from * s.grad_x_row, s.grad_x_row, rows.row, block.count, scratch.columns, V, scratch.ones, p.width,
                    false);

@@ -121,6 +121,10 @@ TOKENOPS_INLINE uint16_t float_to_half(float f) {
   return sign | (uint16_t)(bits >> 13);
 }
 
+TOKENOPS_INLINE float to_float(float x) { return x; }
+TOKENOPS_INLINE float to_float(bf16 x) { return bf16_to_float(x.bits); }
+TOKENOPS_INLINE float to_float(f16 x) { return half_to_float(x.bits); }
+
 template <int L>
 TOKENOPS_INLINE VecF<L> load(const f16* p) {
 #if defined(__AVX512F__)

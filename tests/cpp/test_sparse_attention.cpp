@@ -3,80 +3,17 @@
 //
 // Every buffer is an allocation of exactly its size, so one element too far is an error. What a call must not read (rows that
 // no list names, gaps between rows, scratch memory) is NaN, and what it must not write holds a mark that is looked for afterwards.
-#include "cpu/isa.h"
 #include "cpu/sparse_attention.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include <algorithm>
 #include <numeric>
-#include <random>
-#include <string>
-#include <vector>
+
+#include "check.h"
 
 namespace tokenops {
-
 namespace {
-
-std::mt19937 random_bits;
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
-template <class T>
-T pick_of(std::initializer_list<T> choices) {
-  return choices.begin()[pick(0, static_cast<int64_t>(choices.size()) - 1)];
-}
-bool chance(double p) { return std::bernoulli_distribution(p)(random_bits); }
-double normal() { return std::normal_distribution<double>()(random_bits); }
-
-// ---- memory ----
-
-constexpr double kMark = 12.25;  // exact in every storage type
-
-// n numbers of one storage type, right behind a number that nobody may touch: so they are aligned to their own size and no more
-class Numbers {
- public:
-  Numbers(Storage storage, int64_t n, double fill) : storage_(storage), n_(n), bytes_(new char[(n + 1) * size()]) {
-    for (int64_t i = -1; i < n; ++i) set(i, fill);
-    set(-1, kMark);
-  }
-  Numbers(Numbers&& other) noexcept : storage_(other.storage_), n_(other.n_), bytes_(other.bytes_) { other.bytes_ = nullptr; }
-  Numbers& operator=(Numbers&&) = delete;
-  ~Numbers() { delete[] bytes_; }
-
-  void* data() { return bytes_ + size(); }
-  int64_t count() const { return n_; }
-  double get(int64_t i) const {
-    const char* at = bytes_ + (i + 1) * size();
-    if (storage_ == Storage::f32) return read<float>(at);
-    if (storage_ == Storage::f16) return read<_Float16>(at);
-    const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(at)) << 16;
-    return read<float>(reinterpret_cast<const char*>(&bits));
-  }
-  // values are made of few bits, or cut to what the type holds: no rounding is tested here
-  void set(int64_t i, double value) {
-    char* at = bytes_ + (i + 1) * size();
-    const float single = static_cast<float>(value);
-    const _Float16 half = static_cast<_Float16>(value);
-    if (storage_ == Storage::f32) memcpy(at, &single, 4);
-    if (storage_ == Storage::f16) memcpy(at, &half, 2);
-    if (storage_ == Storage::bf16) memcpy(at, reinterpret_cast<const char*>(&single) + 2, 2);
-  }
-
- private:
-  int64_t size() const { return storage_ == Storage::f32 ? 4 : 2; }
-  template <class T>
-  static T read(const char* at) {
-    T value;
-    memcpy(&value, at, sizeof(T));
-    return value;
-  }
-  Storage storage_;
-  int64_t n_;
-  char* bytes_;
-};
 
 // [sequence, head, row, width] in a random order of dimensions, with random gaps behind its rows
 struct Tensor {
@@ -155,8 +92,6 @@ Lists make_lists(bool packed, int64_t sequences, int64_t heads, int64_t rows, in
   }
   return made;
 }
-
-const char* name_of(Storage storage) { return storage == Storage::f32 ? "float32" : storage == Storage::bf16 ? "bfloat16" : "float16"; }
 
 struct Problem {
   Storage storage = pick_of({Storage::f32, Storage::bf16, Storage::f16});
@@ -260,65 +195,7 @@ struct Wanted {
   }
 };
 
-// sum of squares of a result and of its error, for the one tolerance rule that all of tokenops shares
-class Comparison {
- public:
-  Comparison(const char* what, const Numbers& got) : what_(what), got_(got), seen_(got.count()) {}
-  void expect(int64_t at, double wanted) {
-    const double got = got_.get(at);
-    seen_[at] = true;
-    ++count_;
-    if (isinf(wanted) || isinf(got) || isnan(got)) {
-      wrong_ |= !(got == wanted);
-    } else {
-      error_ += (got - wanted) * (got - wanted);
-      norm_ += wanted * wanted;
-    }
-  }
-  // everything that was not expected still holds its mark, and the number before the first one too
-  bool holds(const Problem& problem) const {
-    const double tolerance = problem.storage == Storage::f32 ? 2e-5 : problem.storage == Storage::bf16 ? 2e-2 : 4e-3;
-    bool untouched = got_.get(-1) == kMark;
-    for (int64_t i = 0; i < got_.count(); ++i) untouched &= seen_[i] || got_.get(i) == kMark;
-    const double allowed = tolerance * (sqrt(norm_) + 0.01 * sqrt(static_cast<double>(count_)));
-    if (!wrong_ && untouched && sqrt(error_) <= allowed) return true;
-    fprintf(stderr, "%s: error %g, allowed %g%s%s\n", what_, sqrt(error_), allowed, wrong_ ? ", a number is not finite" : "",
-            untouched ? "" : ", a number was written that is not part of the result");
-    return false;
-  }
-
- private:
-  const char* what_;
-  const Numbers& got_;
-  std::vector<bool> seen_;
-  double error_ = 0, norm_ = 0;
-  int64_t count_ = 0;
-  bool wrong_ = false;
-};
-
 // ---- the tests ----
-
-// [0, n) cut at random into one to three pieces
-std::vector<int64_t> cut(int64_t n) {
-  std::vector<int64_t> cuts{0, n};
-  for (int64_t more = pick(0, 2); more > 0; --more) cuts.push_back(pick(0, n));
-  std::sort(cuts.begin(), cuts.end());
-  return cuts;
-}
-
-// scratch memory of exactly this size, all of it NaN
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : bytes_(bytes), data_(static_cast<char*>(aligned_alloc(64, bytes))) { spoil(); }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { free(data_); }
-  operator char*() const { return data_; }
-  void spoil() const { memset(data_, 0xff, bytes_); }
-
- private:
-  int64_t bytes_;
-  char* data_;
-};
 
 int64_t longest(const Lists& lists) {
   size_t most = 0;
@@ -373,7 +250,7 @@ bool forward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
         for (int64_t c = 0; c < p.value_width && !problem.by_row; ++c) out.expect(problem.out.place(s, h, queries.empty[i]) + c, 0);
       }
     }
-  return out.holds(problem) & lse.holds(problem) & row_sq.holds(problem);
+  return out.holds(problem.storage) & lse.holds(problem.storage) & row_sq.holds(problem.storage);
 }
 
 // runs on the results of a forward pass in slot order
@@ -463,7 +340,7 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
           dv.expect(grad_value.place(s, kv, row) + c, listed ? for_value[j * p.value_width + c] : 0);
       }
     }
-  return dq.holds(problem) & dk.holds(problem) & dv.holds(problem) & db.holds(problem);
+  return dq.holds(problem.storage) & dk.holds(problem.storage) & dv.holds(problem.storage) & db.holds(problem.storage);
 }
 
 bool test(const char* isa, const SparseAttentionLoops& loops) {
@@ -489,23 +366,4 @@ bool test(const char* isa, const SparseAttentionLoops& loops) {
 }  // namespace
 }  // namespace tokenops
 
-int main(int count, char** arguments) {
-  if (count < 2) {
-    fprintf(stderr, "usage: %s ISA...\n", arguments[0]);
-    return 2;
-  }
-  bool right = true;
-  for (int i = 1; i < count; ++i) {
-    const std::string isa = arguments[i];
-    bool known = false;
-#define X(name) \
-  if (isa == #name) known = true, right &= tokenops::test(#name, tokenops::name::loops<tokenops::SparseAttentionLoops>());
-    TOKENOPS_ISAS
-#undef X
-    if (!known) {
-      fprintf(stderr, "%s was not built\n", isa.c_str());
-      right = false;
-    }
-  }
-  return right ? 0 : 1;
-}
+int main(int count, char** arguments) { return tokenops::run_tests(count, arguments, tokenops::test); }

@@ -1,8 +1,8 @@
 """Choosing, halting and packing tokens: the executable specification.
 
 ``selection``, ``halting``, ``packing`` and ``unpacking`` are the definitions, differentiable but for the first; halting takes float64 too.
-``select``, ``halt``, ``halt_backward``, ``pack`` and ``unpack`` serve them as a backend. Beside them stand the checks of contents, example
-inputs, and what a call must move at least. Nothing here waits for the device but the checks. Letters: L lists, B samples, G grids (B, or 1
+``select``, ``halt``, ``halt_backward``, ``pack`` and ``unpack`` serve them as a backend. Beside them stand the checks of contents; nothing
+else here waits for the device. Letters: L lists, B samples, G grids (B, or 1
 that all lists share), N tokens, K slots of a list, T packed rows, C channels, W elements of a row.
 """
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """Rows and columns of one program's block. Both are powers of two; rows times columns are enough for every thread of 4 warps."""
+
+    rows: int
+    columns: int
 
 
 def device_objections(name: str, tensor: Tensor) -> list[str]:
@@ -35,7 +42,7 @@ def interpreting() -> bool:
 
 
 def registers(most: int) -> dict[str, int]:
-    """A launch option: how many registers a thread may use. The assembler then spends them before it spills; only NVIDIA's has the option."""
+    """A launch option: how many registers a thread may use. The assembler then takes them before it spills. Only NVIDIA's has the option."""
     if interpreting():
         return {}
     from triton.runtime import driver
@@ -46,6 +53,36 @@ def registers(most: int) -> dict[str, int]:
 @functools.cache
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that one program may use."""
+    return _property(device, "max_shared_mem")
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """How many multiprocessors there are."""
+    return _property(device, "multiprocessor_count")
+
+
+def _property(device: int, name: str) -> int:
     from triton.runtime import driver
 
-    return int(driver.active.utils.get_device_properties(max(device, 0))["max_shared_mem"])
+    return int(driver.active.utils.get_device_properties(max(device, 0))[name])
+
+
+def tile_of(width: int, elements: int) -> Tile:
+    """So many elements at most, and an eighth of them from one row."""
+    columns = min(power_of_two(width), max(elements // 8, 1))
+    return Tile(min(256, elements // columns), columns)
+
+
+def power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def row_strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Of [B, N, ...] the first two, under which one sample serves all; of [S, C], too, the first is a sample's."""
+    return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -119,6 +119,20 @@ def check_plan(plan: object, batch: int, rows: int, of_output: bool, name: str, 
     """Whether the plan is for tensors like x [B, rows, ...]. Only its sizes are looked at."""
     if not isinstance(plan, MergePlan):
         raise TypeError(f"plan must be a MergePlan, got {type(plan).__name__}")
+    check_tensor("plan.slot", plan.slot)
+    if plan.slot.dim() != 2:
+        raise ValueError(f"plan.slot must be [B, N], got {list(plan.slot.shape)}")
+    samples, tokens = plan.slot.shape
+    for part, t, shape in (
+        ("slot", plan.slot, (samples, tokens)),
+        ("order", plan.order, (samples, tokens)),
+        ("offsets", plan.offsets, (samples, plan.n_out + 1)),
+    ):
+        check_tensor(f"plan.{part}", t)
+        if t.dtype != torch.int32:
+            raise TypeError(f"plan.{part} must be int32, got {t.dtype}")
+        if t.shape != shape:
+            raise ValueError(f"plan.{part} must be {list(shape)} as its slot and n_out say, got {list(t.shape)}")
     planned = plan.n_out if of_output else plan.slot.shape[1]
     if planned != rows:
         kind = "output rows" if of_output else "tokens"

@@ -100,7 +100,7 @@ class NativeCPU(NamedTuple):
         mass_out: Tensor,
         lse: Tensor,
     ) -> None:
-        problem = SoftMergeProblem(x, metric, meta, float(temperature), mass, normalize)
+        problem = SoftMergeProblem(x, metric, meta, reference.check_temperature(float(temperature)), mass, normalize)
         code = _cpu.token_merge_cpu_soft(out, mass_out, lse, *problem, self._isa())
         explain("soft_merge", code, partial(reference.check_soft, problem))
 
@@ -119,7 +119,7 @@ class NativeCPU(NamedTuple):
         lse: Tensor,
         grads: SoftMergeGradients,
     ) -> None:
-        problem = SoftMergeProblem(x, metric, meta, float(temperature), mass, normalize)
+        problem = SoftMergeProblem(x, metric, meta, reference.check_temperature(float(temperature)), mass, normalize)
         code = _cpu.token_merge_cpu_soft_backward(*grads, grad_out, grad_mass, *problem, out, mass_out, lse, self._isa())
         explain("soft_merge_backward", code, partial(reference.check_soft, problem))
 

@@ -60,7 +60,8 @@ def pairwise_argmax(
     Under autocast a and b are cast.
 
     Raises:
-        ValueError: sizes, ranks or devices disagree, a row that takes part has a NaN (checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        ValueError: sizes, ranks or devices disagree; a row that takes part is not finite, or its scale is NaN (checked on the CPU; on a GPU
+            if TOKENOPS_CHECK=1).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons.
 
@@ -124,7 +125,7 @@ def match_tokens(
     Args:
         metric: what tokens are compared by, say the keys averaged over heads: float32, bfloat16, float16 or float64.
         r: so many sources merge, or as many as there can be: half of the unprotected tokens in scheme "bipartite", else all sources.
-        ratio: r as a share of N in (0, 1], rounded down.
+        ratio: r as a share of N in (0, 1], rounded down. (torch.export with a dynamic N needs r: it cannot reason about the rounding.)
         threshold: sources merge whose score is greater. One of r, ratio and threshold must be given (scheme "kth" takes none, "random" no
             threshold, roles at most one; without any all sources merge).
         class_token, distill_token: token 0, token 1 neither leaves nor receives.
@@ -135,7 +136,8 @@ def match_tokens(
             "grid": all others into one token drawn in each ``cell`` of the ``grid``, the same for all samples; tokens beyond the last whole
             cell are sources.
             "previous_frame": every token into one of the frame before, wherever that one goes itself.
-            Or roles per token, [N] or [B, N] integers of ``Role``. Tokens with Role.BOTH must not merge in a circle.
+            Or roles per token, [N] or [B, N] integers of ``Role``. A token with Role.BOTH may also choose itself, and stays: give it a
+            ``locality`` that looks one way in t, in which nothing can merge in a circle.
         k: size of a group in scheme "kth".
         grid: (height, width) or (frames, height, width) of the tokens, x fastest, protected tokens before them and not counted.
         cell: (height, width) of a cell in scheme "grid".
@@ -143,7 +145,8 @@ def match_tokens(
             any frame, (reach_t, reach_y, reach_x), or a ``Window``. Needs ``grid`` or ``place``.
         place: (t, y, x) of each token, [N, 3] or [B, N, 3] int32 (int64 accepted), instead of a grid.
         source_mask, destination_mask: [N] or [B, N] bool; False: may not leave, may not receive.
-        source_scale, destination_scale: [N] or [B, N] float32 (float64 with a float64 metric).
+        source_scale, destination_scale: [N] or [B, N] float32 (float64 with a float64 metric). A score that they make -inf never merges:
+            to leave tokens out give masks, whose n_out allows for it, or n_out itself.
         generator: draws for "random" and "grid", on the metric's device. Default: torch's own.
         n_out: rows of the output. Default N - r where exactly r tokens merge whatever the tensors hold, else N with empty rows at the end
             (masks, a threshold, roles, or a locality that may leave a source without a destination). Given, it must hold all tokens that
@@ -157,8 +160,9 @@ def match_tokens(
     Under autocast the metric is cast.
 
     Raises:
-        ValueError: an argument is out of its range or missing, sizes disagree, the metric has a NaN in a token that takes part, n_out is
-            too small (contents are checked on the CPU; on a GPU if TOKENOPS_CHECK=1, else NaN never wins and what does not fit is dropped).
+        ValueError: an argument is out of its range or missing, sizes disagree, a token that takes part is not finite or its scale is NaN,
+            a role does not exist, tokens merge in a circle, n_out is too small (contents are checked on the CPU; on a GPU if
+            TOKENOPS_CHECK=1, else NaN never wins and what does not fit is dropped).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons.
 
@@ -175,8 +179,9 @@ def match_tokens(
     r = _amount(scheme, r, ratio, threshold, tokens)
     request = Request(metric, class_token, distill_token, r, k, grid, cell, locality, place, generator)
     role, place, window, most, certain, dropped = as_scheme(scheme, request)
-    if r is not None:
-        r = min(r, most)
+    # by a branch: min() of a traced size would be an expression that no range of sizes decides
+    if r is not None and r > most:
+        r = most
     if source_mask is not None or destination_mask is not None:
         masks = (
             None if source_mask is None else as_mask("source_mask", source_mask, "metric", metric),
@@ -219,9 +224,10 @@ def _amount(scheme: str | Tensor, r: int | None, ratio: float | None, threshold:
     elif scheme == "random":
         allowed = ("r", "ratio")
     if not least <= len(given) <= 1 or any(name not in allowed for name in given):
-        wish = " or ".join(allowed) if allowed else "none of r, ratio and threshold"
-        number = "at most one" if least == 0 and allowed else "one" if allowed else "given"
-        raise ValueError(f"{number} of {wish} must be given in scheme {scheme!r}, got {', '.join(given) or 'none'}")
+        number = "none" if not allowed else "one" if least else "at most one"
+        wish = " or ".join(allowed) if allowed else "r, ratio and threshold"
+        kind = "a scheme of roles" if isinstance(scheme, Tensor) else f"scheme {scheme!r}"
+        raise ValueError(f"{number} of {wish} must be given in {kind}, got {', '.join(given) or 'none'}")
     if r is not None:
         if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
             raise TypeError(f"r must be an int, got {type(r).__name__}")

@@ -20,8 +20,9 @@ def merge_tokens(
     *,
     size: Tensor | None = None,
     mode: str = "mean",
+    return_size: bool = False,
     backend: str | None = None,
-) -> Tensor:  # [B, n_out] | [B, n_out, ...]
+) -> Tensor | tuple[Tensor, Tensor]:  # [B, n_out] | [B, n_out, ...], and with return_size [B, n_out] | [B, n_out, 1]
     """Merge the rows that share an output row of the plan. One plan serves any number of tensors: tokens, sizes, positions.
 
     Args:
@@ -31,12 +32,14 @@ def merge_tokens(
             size 0 it weighs nothing.
         mode: "mean" (weighted by size), "sum", "amax", or the destination's own row: "replace" and "drop" differ only in what
             ``unmerge_tokens`` then does for the others.
+        return_size: also return the size of each output row, shaped like size: the sum over its members, or how many they are without size.
+            The same as ``merge_tokens(size, plan, mode="sum")`` by a second call.
         backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
 
-    The new sizes are ``merge_tokens(size, plan, mode="sum")``, beginning with ones. A row without members is 0, so is a mean over sizes
-    that sum to 0. Members add up in float32 (float64 for float64), the destination first and then ascending: results depend neither on the run
-    nor on the number of threads. In "amax" NaN wins, as in torch, and tied maxima share the gradient equally. Differentiable once in x and
-    size.
+    A row without members is 0, so is a mean over sizes
+    that sum to 0. Members add up in float32 (float64 for float64), the destination first and then ascending: results depend neither on the
+    run nor on the number of threads. In "amax" NaN wins, as in torch, and tied maxima share the gradient equally. Differentiable once in x
+    and size.
 
     Source: D. Bolya et al., "Token Merging: Your ViT But Faster", 2023, section 3.
 
@@ -55,14 +58,18 @@ def merge_tokens(
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     rows = _as_rows("x", x)
     check_plan(plan, x.shape[0], x.shape[1], False, "x", x)
+    column = False
     if size is not None:
         if mode != "mean":
             raise ValueError(f"size must be left out unless mode is 'mean', got it with {mode!r}")
+        column = isinstance(size, Tensor) and size.dim() == 3
         size = as_statistic("size", size, "x", rows, last=True)
     refuse_forward_mode(x, size)
     slot, count, n_out, order, offsets = plan
-    out = operators.merge_tokens(rows, slot, count, order, offsets, size, mode, backend)
-    return out if rows is x else out.view(x.shape[0], n_out, *x.shape[2:])
+    out, out_size = operators.merge_tokens(rows, slot, count, order, offsets, size, mode, return_size, backend)
+    if rows is not x:
+        out = out.view(x.shape[0], n_out, *x.shape[2:])
+    return (out, out_size.unsqueeze(2) if column else out_size) if return_size else out
 
 
 def _as_rows(name: str, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the backend. A plan travels as its tensors; how many rows it makes is the length
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ for _schema in (
         f"Tensor? destination_scale, SymInt? r, float? threshold, bool normalize, SymInt n_out, str? backend) -> ({_LISTS})"
     ),
     f"plan_tokens(Tensor target, bool is_slot, SymInt n_out, str? backend) -> ({_LISTS})",
-    f"merge_tokens(Tensor x, {_LISTS}, Tensor? size, str mode, str? backend) -> Tensor",
+    # the sizes of the output rows come along where they are wanted: one call costs as much as merging a small grid
+    f"merge_tokens(Tensor x, {_LISTS}, Tensor? size, str mode, bool sizes, str? backend) -> (Tensor out, Tensor out_size)",
     # x and out are given where something depends on them; a gradient that is not wanted comes back as an empty tensor
     (
         f"merge_tokens_backward(Tensor grad_out, Tensor? x, Tensor? out, {_LISTS}, Tensor? size, str mode, bool[] wanted, str? backend) "
@@ -81,6 +83,7 @@ def pair_problem(
     return PairProblem(a, b, a_mask, b_mask, a_scale, b_scale, a_place, b_place, window, normalize)
 
 
+@torch.no_grad()
 def _pairwise_argmax(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend = arguments
     problem = pair_problem(*given)
@@ -130,6 +133,7 @@ def match_problem(
     return MatchProblem(metric, role, class_token, distill_token, place, window, source_scale, destination_scale, r, threshold, normalize)
 
 
+@torch.no_grad()
 def _match_tokens(*arguments: Any) -> Lists:
     *given, n_out, backend = arguments
     problem = match_problem(*given)
@@ -177,24 +181,36 @@ def as_plan(slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> Merg
     return MergePlan(slot, count, offsets.shape[1] - 1, order, offsets)
 
 
+def _new_merged(x: Tensor, n_out: int, sizes: bool) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((x.shape[0], n_out, x.shape[2]))
+    return out, x.new_empty((x.shape[0], n_out if sizes else 0), dtype=statistic_dtype(x))
+
+
 def _merge_tokens(
-    x: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, mode: str, backend: str | None
-) -> Tensor:
+    x: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, mode: str, sizes: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
     chosen = choose("merge_tokens", BACKENDS, backend, x, names="x")
     plan = as_plan(slot, count, order, offsets)
     if reads_contents(x.device, chosen.name):
         reference.check_merge(plan, size)
-    out = x.new_empty((x.shape[0], plan.n_out, x.shape[2]))
+    out, out_size = _new_merged(x, plan.n_out, sizes)
     if out.numel() > 0:
         if x.shape[1] > 0:
             chosen.run.merge(x, plan, size, mode, out)
         else:
             out.zero_()
-    return out
+    if out_size.numel() > 0:
+        if size is None or x.shape[1] == 0:
+            out_size.copy_(offsets[:, 1:] - offsets[:, :-1])
+        else:
+            chosen.run.merge(size.expand(x.shape[0], -1).unsqueeze(2), plan, None, "sum", out_size.unsqueeze(2))
+    return out, out_size
 
 
-def _merge_tokens_fake(x: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]))
+def _merge_tokens_fake(
+    x: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, mode: str, sizes: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _new_merged(x, offsets.shape[1] - 1, sizes)
 
 
 def _new_merge_gradients(grad_out: Tensor, slot: Tensor, size: Tensor | None, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -250,20 +266,27 @@ def _merge_tokens_backward_fake(
     return _merge_gradients(grad_out, size, *_new_merge_gradients(grad_out, slot, size, wanted))
 
 
-def _merge_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *lists, size, mode, backend = inputs
+def _merge_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *lists, size, mode, sizes, backend = inputs
+    out, out_size = output
     of_size = size is not None and size.requires_grad
+    ctx.sizes = sizes and of_size
+    if not ctx.sizes:
+        ctx.mark_non_differentiable(out_size)
     # x is a whole grid: kept only where a gradient depends on it
     keeps = mode == "amax" or of_size
-    ctx.save_for_backward(*lists, size, *((x, output) if keeps else (None, None)))
+    ctx.save_for_backward(*lists, size, *((x, out) if keeps else (None, None)))
     ctx.mode, ctx.backend = mode, backend
 
 
-def _merge_differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _merge_differentiate(ctx: Any, grad_out: Tensor, grad_out_size: Tensor) -> tuple[Tensor | None, ...]:
     *lists, size, x, out = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[5]]
     grad_x, grad_size = torch.ops.tokenops.merge_tokens_backward.default(grad_out, x, out, *lists, size, ctx.mode, wanted, ctx.backend)
-    return grad_x if wanted[0] else None, None, None, None, None, grad_size if wanted[1] else None, None, None
+    if ctx.sizes:
+        spread = torch.ops.tokenops.unmerge_tokens.default(grad_out_size.unsqueeze(2).contiguous(), *lists, "copy", ctx.backend)
+        grad_size = grad_size + spread.squeeze(2).sum_to_size(size.shape)
+    return grad_x if wanted[0] else None, None, None, None, None, grad_size if wanted[1] else None, None, None, None
 
 
 def _unmerge_tokens(y: Tensor, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor, mode: str, backend: str | None) -> Tensor:
@@ -295,7 +318,7 @@ def _unmerge_differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, .
         grad_out = grad_out.contiguous()
     # one row to many, backward: many to one
     mode = "sum" if ctx.mode == "copy" else "drop"
-    grad = torch.ops.tokenops.merge_tokens.default(grad_out, *ctx.saved_tensors, None, mode, ctx.backend)
+    grad, _ = torch.ops.tokenops.merge_tokens.default(grad_out, *ctx.saved_tensors, None, mode, False, ctx.backend)
     return grad, None, None, None, None, None, None
 
 
@@ -318,7 +341,8 @@ def _new_assigned(problem: SoftMergeProblem) -> tuple[Tensor, Tensor, Tensor]:
     x, meta = problem.x, problem.meta
     batch, rows = x.shape[0], meta.shape[1]
     mass_out = x.new_empty((batch, rows), dtype=statistic_dtype(x))
-    return x.new_empty((batch, rows, x.shape[2])), mass_out, mass_out.new_empty((batch, x.shape[1]))
+    # the results are not rounded to half types: the backward pass takes differences of them. The public function casts
+    return mass_out.new_empty((batch, rows, x.shape[2])), mass_out, mass_out.new_empty((batch, x.shape[1]))
 
 
 def _soft_merge(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -367,7 +391,7 @@ def _soft_merge_backward(grad_out: Tensor, grad_mass: Tensor, *arguments: Any) -
     *given, out, mass_out, lse, wanted, backend = arguments
     problem = soft_problem(*given)
     grad_out, grad_mass = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_out, grad_mass))
-    chosen = choose("soft_merge_backward", BACKENDS, backend, grad_out, *problem[:3], names="grad_out x metric meta")
+    chosen = choose("soft_merge_backward", BACKENDS, backend, *problem[:3], names="x metric meta")
     if reads_contents(problem.x.device, chosen.name):
         reference.check_soft(problem)
     grads = _new_soft_gradients(problem, wanted)
@@ -402,8 +426,8 @@ def _soft_differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Any) -
     return of_x, of_metric, of_meta, of_temperature, None, of_mass, None, None
 
 
-def _refuse_double_backward(*_: Any) -> None:
-    raise RuntimeError("merge_tokens and soft_merge cannot be differentiated twice: their backward passes have no gradient formula")
+def _refuse_double_backward(name: str, *_: Any) -> None:
+    raise RuntimeError(f"{name} cannot be differentiated twice: its backward pass has no gradient formula")
 
 
 for _name, _run, _fake in (
@@ -422,12 +446,12 @@ for _name, _differentiate, _save in (
     ("merge_tokens", _merge_differentiate, _merge_save),
     ("unmerge_tokens", _unmerge_differentiate, _unmerge_save),
     ("soft_merge", _soft_differentiate, _soft_save),
-    ("merge_tokens_backward", _refuse_double_backward, None),
-    ("soft_merge_backward", _refuse_double_backward, None),
+    ("merge_tokens_backward", partial(_refuse_double_backward, "merge_tokens"), None),
+    ("soft_merge_backward", partial(_refuse_double_backward, "soft_merge"), None),
 ):
     torch.library.register_autograd(f"tokenops::{_name}", _differentiate, setup_context=_save, lib=_library)
 for _name in ("pairwise_argmax", "match_tokens", "plan_tokens"):
-    # a choice has no gradient: below autograd nothing is recorded
+    # a choice has no gradient: autograd lets it pass, and the implementations record nothing
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 pairwise_argmax, match_tokens, plan_tokens, merge_tokens, unmerge_tokens, soft_merge = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -119,19 +117,19 @@ def _destinations(plan: MergePlan) -> Tensor:
     return _follow(plan.order.long(), start.masked_fill(start >= end, -1))
 
 
-def merge_schedule(r: int | Sequence[int] | tuple[int, float], layers: int) -> list[int]:
+def merge_schedule(r: int | list[int] | tuple[int, float], layers: int) -> list[int]:
     """How many tokens to merge in each layer.
 
     Args:
-        r: a number for every layer; a list of numbers, continued with zeros; or (r, inflection) for a straight line from r (1 - inflection)
-            to r (1 + inflection): inflection -1 merges most in the first layer and nothing in the last, +1 the other way round. The
-            numbers of a line are rounded down.
+        r: a number for every layer; a list of numbers, continued with zeros; or the pair (r, inflection) for a straight line from
+            r (1 - inflection) to r (1 + inflection): inflection -1 merges most in the first layer and nothing in the last, +1 the other way
+            round. The numbers of a line are rounded down.
         layers: how many there are.
 
     Source: D. Bolya et al., "Token Merging: Your ViT But Faster", 2023, section 4.1 (a decreasing schedule is (r, -1.0)).
 
     Raises:
-        ValueError: layers or a number of tokens is negative, or more numbers than layers.
+        ValueError: layers or a number of tokens is negative, more numbers than layers, or an inflection outside [-1, 1].
 
     >>> tokenops.merge_schedule((16, -1.0), 12)
     [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
@@ -140,7 +138,9 @@ def merge_schedule(r: int | Sequence[int] | tuple[int, float], layers: int) -> l
         raise ValueError(f"layers must not be negative, got {layers}")
     if isinstance(r, int):
         numbers = [r] * layers
-    elif isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
+    elif isinstance(r, tuple):
+        if len(r) != 2 or not -1.0 <= r[1] <= 1.0:
+            raise ValueError(f"r must be a number, a list of numbers or (r, inflection) with an inflection in [-1, 1], got {r}")
         first = int(r[0] * (1.0 - r[1]))
         step = (2 * r[0] - 2 * first) / (layers - 1) if layers > 1 else 0.0
         numbers = [int(first + step * layer) for layer in range(layers)]

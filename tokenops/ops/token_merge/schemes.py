@@ -7,7 +7,7 @@ Fast Stable Diffusion", 2023 (grid); J. Hyun et al., "Multi-Granular Spatio-Temp
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ def bipartite(request: Request) -> Scheme:
 def kth(request: Request) -> Scheme:
     """The last of every k tokens receives, the others of the group leave, an incomplete group at the end is dropped."""
     tokens, k = request.tokens, request.k
+    if k is not None and not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k is None or k < 1:
         raise ValueError(f"k must be at least 1 in scheme 'kth', got {k}")
     if request.protected > 0:
@@ -82,7 +84,7 @@ def random(request: Request) -> Scheme:
     most = max(free - 1, 0)
     assert request.r is not None
     noise = torch.rand((request.metric.shape[0], free), generator=request.generator, device=request.metric.device)
-    drawn = noise.argsort(-1)[:, : min(request.r, most)]
+    drawn = noise.argsort(-1).narrow(1, 0, min(request.r, most))
     role = torch.full(noise.shape, int(Role.DESTINATION), dtype=torch.int8, device=noise.device).scatter(1, drawn, int(Role.SOURCE))
     return Scheme(_behind_protected(request, role), place, window, most, window is None)
 
@@ -90,7 +92,7 @@ def random(request: Request) -> Scheme:
 def grid(request: Request) -> Scheme:
     """One token drawn in every cell of the grid receives, the same for all samples; all others may leave."""
     frames, height, width = _grid(request)
-    if request.cell is None or len(request.cell) != 2 or min(request.cell) < 1:
+    if not _are_sizes(request.cell, (2,)) or min(request.cell) < 1:
         raise ValueError(f"cell must be (sy, sx), both at least 1, in scheme 'grid', got {request.cell}")
     sy, sx = request.cell
     place, window = _locality(request)
@@ -98,8 +100,8 @@ def grid(request: Request) -> Scheme:
     device = request.metric.device
     drawn = torch.randint(sy * sx, cells, generator=request.generator, device=device)
     t, y, x = (torch.arange(size, device=device) for size in cells)
-    y, x = y[:, None] * sy + drawn // sx, x * sx + drawn % sx
-    chosen = (t[:, None, None] * height + y) * width + x
+    y, x = y.view(-1, 1) * sy + drawn // sx, x * sx + drawn % sx
+    chosen = (t.view(-1, 1, 1) * height + y) * width + x
     tokens = frames * height * width
     role = torch.full((1, tokens), int(Role.SOURCE), dtype=torch.int8, device=device)
     role = role.scatter(1, chosen.view(1, -1), int(Role.DESTINATION))
@@ -135,7 +137,7 @@ def as_scheme(scheme: str | Tensor, request: Request) -> Scheme:
             raise ValueError(f"{name} must be left out unless scheme is {' or '.join(map(repr, readers))}, got {getattr(request, name)!r}")
     if isinstance(scheme, Tensor):
         return _given(scheme, request)
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ValueError(f"scheme must be a Tensor of roles or one of {', '.join(map(repr, SCHEMES))}, got {scheme!r}")
     if request.distill_token and not request.class_token and scheme != "bipartite":
         raise ValueError(f"distill_token must come with class_token in scheme {scheme!r}: it is token 1, and the free tokens follow")
@@ -181,10 +183,15 @@ def _locality(request: Request) -> tuple[Tensor | None, Window | None]:
     return _place(request), as_window("locality", request.locality)
 
 
+def _are_sizes(value: object, lengths: tuple[int, ...]) -> TypeGuard[tuple[int, ...]]:
+    integers = (int, torch.SymInt)
+    return isinstance(value, (tuple, list)) and len(value) in lengths and all(isinstance(size, integers) for size in value)
+
+
 def _grid(request: Request) -> tuple[int, int, int]:
     """(frames, height, width)."""
     grid = request.grid
-    if grid is None or len(grid) not in (2, 3) or min(grid) < 0:
+    if not _are_sizes(grid, (2, 3)) or min(grid) < 0:
         raise ValueError(f"grid must be (height, width) or (frames, height, width), got {grid}")
     frames, height, width = grid if len(grid) == 3 else (1, *grid)
     if frames * height * width != request.tokens - request.protected:

@@ -7,6 +7,7 @@ from torch import Tensor
 from tokenops.ops.arguments import check_device, check_tensor, refuse_forward_mode
 from tokenops.ops.token_merge import operators as operators
 from tokenops.ops.token_merge.arguments import as_statistic, check_grids, check_same_size, check_width, under_autocast
+from tokenops.reference.token_merge import check_temperature
 
 
 def soft_merge(
@@ -38,16 +39,16 @@ def soft_merge(
     meta tokens with a mass are our reading of Feng et al., "STTM", 2023.
 
     Raises:
-        ValueError: sizes, ranks or devices disagree, a mass is negative or NaN, the temperature is not positive (contents of tensors are
-            checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        ValueError: sizes, ranks or devices disagree, a row of metric or meta is not finite, a mass is negative or NaN, the temperature
+            is not positive (contents of tensors are checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
         TypeError: a dtype is wrong.
         NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
         RuntimeError: the result is differentiated twice.
 
     >>> x, meta = torch.randn(2, 196, 64), torch.randn(2, 8, 64)
     >>> merged, mass = tokenops.soft_merge(x, x, meta, temperature=0.1)
-    >>> merged.shape, mass.sum(1)
-    (torch.Size([2, 8, 64]), tensor([196., 196.]))
+    >>> merged.shape, mass.shape
+    (torch.Size([2, 8, 64]), torch.Size([2, 8]))
     """
     for name, grid in (("x", x), ("metric", metric), ("meta", meta)):
         check_tensor(name, grid)
@@ -59,15 +60,13 @@ def soft_merge(
     learned, fixed = None, 1.0
     if isinstance(temperature, Tensor):
         learned = _as_temperature(temperature, x)
-    elif temperature > 0.0:
-        fixed = float(temperature)
     else:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        fixed = check_temperature(float(temperature))
     if mass is not None:
         mass = as_statistic("mass", mass, "x", x, last=True)
     refuse_forward_mode(x, metric, meta, learned, mass)
     merged, mass_out, _ = operators.soft_merge(x, metric, meta, learned, fixed, mass, normalize, backend)
-    return merged, mass_out
+    return merged.to(x.dtype), mass_out
 
 
 def _as_temperature(temperature: Tensor, x: Tensor) -> Tensor:

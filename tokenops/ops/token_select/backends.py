@@ -64,14 +64,16 @@ class NativeCPU(NamedTuple):
 
 def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bool = True) -> list[str]:
     """What no compiled kernel of ours serves. Packing moves bytes and computes nothing, so it takes every dtype."""
-    x = problem if isinstance(problem, Tensor) else problem.x
+    rows = {"x": problem} if isinstance(problem, Tensor) else {"x": problem.x}
+    if isinstance(problem, HaltProblem) and problem.state is not None:
+        rows["state.out"] = problem.state.out
     reasons = []
-    if computes and x.dtype == torch.float64:
-        reasons.append("float64 is served by the reference only")
-    if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
-        reasons.append(f"rows must have a dense last dimension, got strides {x.stride()}")
+    if computes and rows["x"].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"{str(rows['x'].dtype).removeprefix('torch.')} is served by the reference only")
+    for name, x in rows.items():
+        if x.numel() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+            reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
     return reasons
 
 
-# the C++ kernels are not there yet
-BACKENDS = tuple(b for b in backends("token_select", NativeCPU, reference, _objections) if not b.name.startswith("cpu"))
+BACKENDS = backends("token_select", NativeCPU, reference, _objections)

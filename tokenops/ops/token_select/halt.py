@@ -58,12 +58,12 @@ def halt_tokens(
     remain -= h where going; active = going
 
     Channel 0 of a token is its halting score. Over the layers the weights of a token sum to 1. What stands in rows that have halted reaches
-    ``cum`` (which grows and cannot wake them) and nothing else.
+    ``cum`` (which grows and cannot wake them) and nothing else. A score of NaN reaches neither bound: the token goes out with what it has.
 
     Args:
         x: tokens after the layer, [B, N, C], or packed [T, C] with cu_seqlens. float32, bfloat16, float16 or float64.
         state: of the step before; None starts: cum 0, remain 1, active, rho 0, counter 1, out 0. A packed call's vectors are [T].
-        scale, center: of the gate, dimensionless.
+        scale, center: of the gate, dimensionless numbers.
         eps: slack of the halting bound, in [0, 1). 1 - eps is compared as float32 (float64 with float64 x).
         last: the last layer: every active token halts with what remains.
         output: "all": out [B, N, C] (or [T, C]), every token's output. "class": out [B, C], that of each sample's first token. Read at the
@@ -83,7 +83,7 @@ def halt_tokens(
     Raises:
         ValueError: sizes or devices disagree, eps or output is out of range; cu_seqlens do not ascend from 0 to at most T (checked on the
             CPU; on a GPU if TOKENOPS_CHECK=1).
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, state is no HaltState, scale or center is a Tensor.
         NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
         RuntimeError: the result is differentiated twice.
 
@@ -143,6 +143,11 @@ def _arguments(
         raise ValueError(f"x must be {form}, got {list(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one channel, the halting score, got {list(x.shape)}")
+    for name, value in (("scale", scale), ("center", center)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number, for which there is no gradient, got a Tensor")
+    if state is not None and not isinstance(state, HaltState):
+        raise TypeError(f"state must be a HaltState, got {type(state).__name__}")
     if not 0.0 <= eps < 1.0:
         raise ValueError(f"eps must be in [0, 1), got {eps}")
     if output not in ("all", "class"):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenops.ops.arguments import as_bounds, check_tensor
+from tokenops.ops.token_select.select import select_tokens
 from tokenops.types import TokenIndex
 
 
@@ -17,10 +18,14 @@ def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tenso
         max_k: width K of the lists, default N (or T). Positions beyond it are dropped, the last ones first. The width does not depend on
             the contents, so nothing waits for the device.
         cu_seqlens: [B + 1] int32 (int64 accepted): sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1] of a packed mask, and gets a list
-            of its own, [B, K], of ids of packed rows.
+            of its own, [B, K], of ids of packed rows. Bounds beyond the T rows are taken as T.
 
     Returns:
         TokenIndex of index [..., K] and count [...], both int32.
+
+    Raises:
+        ValueError: the rank of mask or of cu_seqlens, a negative max_k, two devices.
+        TypeError: mask is not bool, cu_seqlens are not int32 or int64.
 
     >>> tokenops.index_from_mask(torch.tensor([[False, True, True], [True, False, False]]), max_k=2).index
     tensor([[ 1,  2],
@@ -42,14 +47,8 @@ def index_from_mask(mask: Tensor, max_k: int | None = None, *, cu_seqlens: Tenso
 
 
 def _of_rows(mask: Tensor, width: int) -> TokenIndex:
-    rows = mask.shape[-1]
-    ids = torch.arange(rows, dtype=torch.int32, device=mask.device)
-    # a row that is left out sorts behind all others
-    index = torch.where(mask, ids, rows).sort(-1).values[..., :width]
-    index = index.masked_fill(index == rows, -1)
-    if width > rows:
-        index = torch.nn.functional.pad(index, (0, width - rows), value=-1)
-    return TokenIndex(index.to(torch.int32), mask.sum(-1, dtype=torch.int32).clamp(max=width))
+    # all True ones are as good: where there are too many, the lowest ids win
+    return select_tokens(mask.to(torch.float32), threshold=0.5, max_k=width)
 
 
 def _of_packed(mask: Tensor, cu_seqlens: Tensor, width: int) -> TokenIndex:
@@ -69,6 +68,13 @@ def mask_from_index(index: Tensor | TokenIndex, n: int) -> Tensor:
     Args:
         index: [K], [B, K] or [B, H, K] int32 or int64, or a TokenIndex.
         n: rows of the grid.
+
+    Raises:
+        ValueError: the rank of index, a negative n.
+        TypeError: index is not int32 or int64.
+
+    >>> tokenops.mask_from_index(torch.tensor([2, 0, -1]), 4)
+    tensor([ True, False,  True, False])
     """
     if isinstance(index, TokenIndex):
         index = index.index

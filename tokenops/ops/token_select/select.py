@@ -69,10 +69,12 @@ def select_tokens(
     slots = _slots(tokens, k, fraction, threshold, max_k, strict)
     if not 0 <= protect <= min(slots, tokens):
         raise ValueError(f"protect must be in [0, {min(slots, tokens)}] (it counts within the slots of the list), got {protect}")
-    lead = score.shape[:-1]
-    lists = dense(score.detach().reshape(math.prod(lead), tokens))
-    index, count = torch.ops.tokenops.select_tokens.default(lists, slots, threshold, protect, backend)
-    return TokenIndex(index.view(*lead, slots), count.view(lead))
+    # a call on small lists takes microseconds: where the lists have their form already, no view is made of them
+    lists = score if score.dim() == 2 else score.reshape(math.prod(score.shape[:-1]), tokens)
+    index, count = torch.ops.tokenops.select_tokens.default(dense(lists.detach()), slots, threshold, protect, backend)
+    if score.dim() != 2:
+        index, count = index.view(*score.shape[:-1], slots), count.view(score.shape[:-1])
+    return TokenIndex(index, count)
 
 
 def _slots(tokens: int, k: int | None, fraction: float | None, threshold: float | None, max_k: int | None, strict: bool) -> int:

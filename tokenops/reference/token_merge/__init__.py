@@ -29,6 +29,7 @@ from tokenops.reference.token_merge.plans import plan_of as plan_of
 from tokenops.reference.token_merge.plans import rows_needed as rows_needed
 from tokenops.reference.token_merge.soft import assigned as assigned
 from tokenops.reference.token_merge.soft import check_soft as check_soft
+from tokenops.reference.token_merge.soft import check_temperature as check_temperature
 from tokenops.reference.token_merge.soft import soft_gradients as soft_gradients
 from tokenops.types import MatchProblem, MergePlan, PairProblem, Role, SoftMergeGradients, SoftMergeProblem
 

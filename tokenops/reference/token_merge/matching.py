@@ -18,13 +18,10 @@ class Pairs(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [B, Na] int64, row of b, -1 where there is none
 
 
-def pairs(problem: PairProblem, *, not_itself: bool = False) -> Pairs:
+def pairs(problem: PairProblem) -> Pairs:
     """For each row of a the row of b with the highest score, the lowest of several. A score of NaN or -inf never wins.
 
     score[i, j] = <a[i], b[j]> b_scale[j], of the rows' directions if normalize; best[i] = a_scale[i] max_j score[i, j].
-
-    Args:
-        not_itself: a and b are the same tokens, and none may choose itself.
     """
     a, b = (_unit(x) if problem.normalize else x.to(_accumulator(x)) for x in (problem.a, problem.b))
     batch, rows, columns = a.shape[0], a.shape[1], b.shape[1]
@@ -37,7 +34,7 @@ def pairs(problem: PairProblem, *, not_itself: bool = False) -> Pairs:
         scores = a[:, block] @ b.mT
         if problem.b_scale is not None:
             scores = scores * problem.b_scale[:, None, :]
-        scores = scores.masked_fill(~_allowed(problem, block, not_itself) | scores.isnan(), -torch.inf)
+        scores = scores.masked_fill(~_allowed(problem, block) | scores.isnan(), -torch.inf)
         best[:, block], index[:, block] = scores.max(dim=-1)
     index = index.masked_fill(best == -torch.inf, -1)
     if problem.a_scale is not None:
@@ -58,11 +55,9 @@ def _unit(x: Tensor) -> Tensor:
     return x / length.masked_fill(length == 0.0, 1.0)
 
 
-def _allowed(problem: PairProblem, block: slice, not_itself: bool) -> Tensor:
+def _allowed(problem: PairProblem, block: slice) -> Tensor:
     """[1|B, rows of the block, Nb], whether row i may choose row j."""
-    device = problem.a.device
-    rows, columns = torch.arange(problem.a.shape[1], device=device)[block], torch.arange(problem.b.shape[1], device=device)
-    allowed = (rows[:, None] != columns)[None] if not_itself else torch.ones(1, 1, 1, dtype=torch.bool, device=device)
+    allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=problem.a.device)
     if problem.a_mask is not None:
         allowed = allowed & problem.a_mask[:, block, None]
     if problem.b_mask is not None:
@@ -115,21 +110,21 @@ def _candidates(problem: MatchProblem, role: Tensor) -> Pairs:
     metric, place = problem.metric, problem.place
     may_leave, may_receive = (role & Role.SOURCE) > 0, (role & Role.DESTINATION) > 0
 
-    def pair(rows: slice, columns: slice, not_itself: bool) -> Pairs:
+    def pair(rows: slice, columns: slice) -> Pairs:
         def side(x: Tensor | None, of: slice) -> Tensor | None:
             return None if x is None else x[:, of]
 
         sides = metric[:, rows], metric[:, columns], may_leave[:, rows], may_receive[:, columns]
         scales = side(problem.source_scale, rows), side(problem.destination_scale, columns)
         places = side(place, rows), side(place, columns)
-        return pairs(PairProblem(*sides, *scales, *places, problem.window, problem.normalize), not_itself=not_itself)
+        return pairs(PairProblem(*sides, *scales, *places, problem.window, problem.normalize))
 
     everyone = slice(None)
     if problem.role is not None:
-        return pair(everyone, everyone, True)
+        return pair(everyone, everyone)
     # the default roles are known beforehand: a quarter of the scores
     even, odd = slice(0, None, 2), slice(1, None, 2)
-    best, index = pair(even, odd, False)
+    best, index = pair(even, odd)
     score, partner = best.new_full(metric.shape[:2], -torch.inf), torch.full(metric.shape[:2], -1, device=metric.device)
     score[:, even], partner[:, even] = best, torch.where(index < 0, -1, 2 * index + 1)
     return Pairs(score, partner)
@@ -142,7 +137,7 @@ def check_pairs(problem: PairProblem) -> None:
         ValueError: a row that takes part is not finite, or its scale is NaN.
     """
     for name, x, scale, mask in (("a", problem.a, problem.a_scale, problem.a_mask), ("b", problem.b, problem.b_scale, problem.b_mask)):
-        _check_rows(name, x, mask)
+        check_rows(name, x, mask)
         _check_scale(f"{name}_scale", scale, mask)
 
 
@@ -157,12 +152,13 @@ def check_metric(problem: MatchProblem) -> None:
     if len(unknown) > 0:
         at = unknown[0].tolist()
         raise ValueError(f"scheme must hold roles in [0, {int(max(Role))}], got {int(role[tuple(at)])} at position {at}")
-    _check_rows("metric", problem.metric, (role & Role.BOTH) > 0)
+    check_rows("metric", problem.metric, (role & Role.BOTH) > 0)
     _check_scale("source_scale", problem.source_scale, (role & Role.SOURCE) > 0)
     _check_scale("destination_scale", problem.destination_scale, (role & Role.DESTINATION) > 0)
 
 
-def _check_rows(name: str, x: Tensor, mask: Tensor | None) -> None:
+def check_rows(name: str, x: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse a row of x [B, N, C] that takes part and is not finite."""
     bad = ~x.isfinite().all(-1)
     if mask is not None:
         bad = bad & mask

@@ -120,16 +120,18 @@ def gradients(
         highest = (x == _rows(out, slot)) & (slot >= 0)[..., None]
         number = merged(highest.to(dtype), plan, None, "sum")
         return grad * highest / _rows(number, slot).clamp(min=1.0), None
-    weight = torch.ones(slot.shape, dtype=dtype, device=slot.device) if size is None else size.to(dtype)
+    weight = torch.ones(1, 1, dtype=dtype, device=slot.device) if size is None else size.to(dtype)
+    weight = weight.expand(grad_out.shape[0], slot.shape[1])
     total = _rows(merged(weight[..., None], plan, None, "sum"), slot)[..., 0]
-    total = total.masked_fill(slot < 0, 1.0)
+    # nothing depends on tokens of a row without mass
+    share = (weight / total.masked_fill(total == 0.0, 1.0)).masked_fill(total == 0.0, 0.0)
     grad_size = None
     if of_size:
         assert x is not None
         assert out is not None
-        grad_size = (grad * (x.to(dtype) - _rows(out.to(dtype), slot))).sum(-1) / total
-        grad_size = grad_size.masked_fill(slot < 0, 0.0)
-    return grad * (weight / total)[..., None], grad_size
+        grad_size = (grad * (x.to(dtype) - _rows(out.to(dtype), slot))).sum(-1)
+        grad_size = (grad_size / total.masked_fill(total == 0.0, 1.0)).masked_fill(total == 0.0, 0.0)
+    return grad * share[..., None], grad_size
 
 
 def check_merge(plan: MergePlan, size: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenops.reference.token_merge.matching import check_rows
 from tokenops.types import SoftMergeGradients, SoftMergeProblem
 
 
@@ -60,6 +61,7 @@ def soft_gradients(problem: SoftMergeProblem, grad_out: Tensor, grad_mass: Tenso
     Written out, because an operator runs below autograd. With w = p mass_in and u, v the compared directions:
     dw[n, m] = <dout[m], x[n] - out[m]> / mass[m] + dmass[m], dx[n] = sum_m w[n, m] dout[m] / mass[m], dmass_in[n] = sum_m p dw,
     dlogit = p (mass_in dw - <p, mass_in dw>), du = dlogit v / temperature, dtemperature = -sum logit dlogit / temperature.
+    A mass may be as small as the p in it: p / mass comes first, for 1 / mass overflows where a meta token resembles nothing.
     """
     dtype = _accumulator(problem)
     x, metric, meta = (rows.to(dtype) for rows in problem[:3])
@@ -69,19 +71,19 @@ def soft_gradients(problem: SoftMergeProblem, grad_out: Tensor, grad_mass: Tenso
     mass_in = p.new_ones(1, 1) if problem.mass is None else problem.mass.to(dtype)
     w = p * mass_in[..., None]
     mass = w.sum(1)
-    # [B, M, C]: the gradient of the weighted sums
-    d_total = _share(grad_out.to(dtype), mass[..., None])
+    grad_out = grad_out.to(dtype)
     out = _share(w.mT @ x, mass[..., None])
-    d_w = x @ d_total.mT + (grad_mass.to(dtype) - (d_total * out).sum(-1))[:, None]
-    d_p = mass_in[..., None] * d_w
-    d_logits = p * (d_p - (p * d_p).sum(-1, keepdim=True))
+    ratio = _share(p, mass[:, None])
+    p_d_w = ratio * (x @ grad_out.mT - (grad_out * out).sum(-1)[:, None]) + p * grad_mass.to(dtype)[:, None]
+    d_mass_in = p_d_w.sum(-1)
+    d_logits = mass_in[..., None] * (p_d_w - p * d_mass_in[..., None])
     d_similarity = d_logits / problem.temperature
     return SoftMergeGradients(
-        w @ d_total,
+        (ratio * mass_in[..., None]) @ grad_out,
         _through_length(d_similarity @ v, u, u_inverse),
         _through_length(d_similarity.mT @ u, v, v_inverse),
         -(logits * d_logits).sum((1, 2)) / problem.temperature,
-        (p * d_w).sum(-1),
+        d_mass_in,
     )
 
 
@@ -92,15 +94,22 @@ def _through_length(grad: Tensor, direction: Tensor, inverse: Tensor | None) -> 
 
 
 def check_soft(problem: SoftMergeProblem) -> None:
-    """Refuse masses that are no weights, and a temperature that is none.
+    """Refuse rows that cannot be compared, masses that are no weights, and a temperature that is none.
 
     Raises:
-        ValueError: a mass is negative or NaN, or the temperature is not positive.
+        ValueError: a row of metric or meta is not finite, a mass is negative or NaN, or the temperature is not positive.
     """
+    check_rows("metric", problem.metric)
+    check_rows("meta", problem.meta)
     if problem.mass is not None:
         bad = (~(problem.mass >= 0.0)).nonzero()
         if len(bad) > 0:
             at = bad[0].tolist()
             raise ValueError(f"mass must not be negative, got {problem.mass[tuple(at)].item()} at position {at}")
-    if not float(problem.temperature) > 0.0:
-        raise ValueError(f"temperature must be positive, got {float(problem.temperature)}")
+    check_temperature(float(problem.temperature))
+
+
+def check_temperature(temperature: float) -> float:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return temperature

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, interpreting, launch, shared_memory
+from tokenops.triton.launch import device_objections, dot_precision, interpreting, launch, shared_memory
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -168,7 +168,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "UNIT": unit,
         "CAUSAL": problem.is_causal,
         "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
-        "PRECISION": _dot_precision(query.dtype),
+        "PRECISION": dot_precision(query.dtype),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
     }
@@ -231,8 +231,3 @@ def _row_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
 def _dense(tensor: Tensor) -> Tensor:
     """Last dimension dense. Copies only what an expand made: a list, a bias, or the gradient of a sum."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _dot_precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -5,23 +5,16 @@ Triton itself is imported on the first launch, so that this package imports, and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, launch, registers
+from tokenops.triton.launch import device_objections, launch, power_of_two, registers, row_strides, tile_of
 from tokenops.types import HaltBackwardProblem, HaltProblem, HaltState
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Tile(NamedTuple):
-    """Rows and columns of one program's block. Both are powers of two; rows times columns are enough for every thread of 4 warps."""
-
-    rows: int
-    columns: int
 
 
 def objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bool = True) -> list[str]:
@@ -49,7 +42,7 @@ def select(score: Tensor, threshold: float | None, protect: int, index: Tensor, 
         index.fill_(-1)
         count.zero_()
         return
-    block = min(8192, max(256, _power_of_two(tokens)))
+    block = min(8192, max(256, power_of_two(tokens)))
     launch(
         kernels.select,
         score.shape[0],
@@ -92,10 +85,10 @@ def halt(problem: HaltProblem, new: HaltState) -> None:
         **new_vectors,
         out=out,
         new_out=new.out,
-        state_strides=tuple(map(_row_strides, vectors.values())),
-        new_strides=tuple(map(_row_strides, new_vectors.values())),
-        out_strides=_row_strides(out),
-        new_out_strides=_row_strides(new.out),
+        state_strides=tuple(map(row_strides, vectors.values())),
+        new_strides=tuple(map(row_strides, new_vectors.values())),
+        out_strides=row_strides(out),
+        new_out_strides=row_strides(new.out),
         IN_PLACE=in_place,
     )
 
@@ -119,18 +112,18 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
         **vectors,
         grad_out=problem.grad_out,
         new_grad_x=grad_x,
-        row_strides=tuple(map(_row_strides, vectors.values())),
+        row_strides=tuple(map(row_strides, vectors.values())),
         # left to itself, the assembler of sm_90 and sm_100 spills a register where that lets one more program run beside the others
         **registers(128),
-        grad_out_strides=_row_strides(problem.grad_out),
-        grad_x_strides=_row_strides(grad_x),
+        grad_out_strides=row_strides(problem.grad_out),
+        grad_x_strides=row_strides(grad_x),
     )
 
 
 def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, **arguments: Any) -> None:
     samples, tokens, channels = problem.x.shape
     sequences = 0 if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
-    tile = _tile(channels, 1024)
+    tile = tile_of(channels, 1024)
     blocks = -(-tokens // tile.rows)
     launch(
         kernel,
@@ -139,7 +132,7 @@ def _launch_halt(kernel: Any, problem: HaltProblem | HaltBackwardProblem, **argu
         **arguments,
         x=problem.x,
         cu_seqlens=problem.cu_seqlens,
-        x_strides=_row_strides(problem.x),
+        x_strides=row_strides(problem.x),
         scale=float(problem.scale),
         center=float(problem.center),
         limit=float(problem.limit),
@@ -171,7 +164,7 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
     assert count is not None
     slots = rows if index is None else index.shape[1]
     x, tokens = _as_integers(x, tokens)
-    tile = _tile(x.shape[2], min(2048, 8192 // x.element_size()))
+    tile = tile_of(x.shape[2], min(2048, 8192 // x.element_size()))
     blocks = max(1, -(-slots // tile.rows))
     launch(
         kernels.pack_rows,
@@ -184,7 +177,7 @@ def pack(x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, 
         counts=count,
         tokens=tokens,
         cu_seqlens=cu_seqlens,
-        x_strides=_row_strides(x),
+        x_strides=row_strides(x),
         index_stride=_list_stride(index),
         counts_stride=0 if count.shape[0] == 1 else count.stride(0),
         tokens_stride=tokens.stride(0),
@@ -210,7 +203,7 @@ def unpack(tokens: Tensor, cu_seqlens: Tensor, index: Tensor | None, x: Tensor) 
         source = torch.full((grids, rows), -1, dtype=torch.int32, device=tokens.device)
         _launch_scan(index, cu_seqlens, None, None, source, rows)
     tokens, x = _as_integers(tokens, x)
-    tile = _tile(x.shape[2], min(2048, 8192 // x.element_size()))
+    tile = tile_of(x.shape[2], min(2048, 8192 // x.element_size()))
     blocks = -(-rows // tile.rows)
     launch(
         kernels.unpack_rows,
@@ -221,7 +214,7 @@ def unpack(tokens: Tensor, cu_seqlens: Tensor, index: Tensor | None, x: Tensor) 
         source=source,
         x=x,
         tokens_stride=tokens.stride(0),
-        x_strides=_row_strides(x),
+        x_strides=row_strides(x),
         N=rows,
         T=tokens.shape[0],
         blocks=blocks,
@@ -238,7 +231,7 @@ def _launch_scan(
     from tokenops.triton.token_select import kernels
 
     lists, slots = index.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, index.shape[1]
-    block = min(2048, max(256, _power_of_two(slots)))
+    block = min(2048, max(256, power_of_two(slots)))
     launch(
         kernels.scan_lists,
         lists,
@@ -269,12 +262,6 @@ def _order_of(number: float, dtype: torch.dtype) -> int:
     return (0 if order == -1 else order) - int(nearest.float() > exact)
 
 
-def _tile(width: int, elements: int) -> Tile:
-    """So many elements at most, and an eighth of them from one row."""
-    columns = min(_power_of_two(width), max(elements // 8, 1))
-    return Tile(min(256, elements // columns), columns)
-
-
 def _as_integers(*tensors: Tensor) -> list[Tensor]:
     """Rows of tensors as integers: moving them needs no more of their type. The widest integers that fit all rows, since a thread moves one
     at a time wherever the compiler cannot tell that more are in line.
@@ -292,10 +279,6 @@ def _fits(tensor: Tensor, size: int) -> bool:
     return tensor.stride(-1) == 1 and tensor.data_ptr() % size == 0 and all(place * item % size == 0 for place in places)
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
 def _as_bytes(tensor: Tensor | None) -> Tensor | None:
     """Booleans as what every Triton loads alike."""
     return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
@@ -308,8 +291,3 @@ def _is_dense(tensor: Tensor) -> bool:
 def _list_stride(index: Tensor | None) -> int:
     """Of [1|B, K]: 0 where one list serves all samples."""
     return 0 if index is None or index.shape[0] == 1 else index.stride(0)
-
-
-def _row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Of [B, N, ...] the first two, under which one sample serves all; of [S, C], too, the first is a sample's."""
-    return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
