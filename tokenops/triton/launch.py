@@ -42,7 +42,7 @@ def interpreting() -> bool:
 
 
 def registers(most: int) -> dict[str, int]:
-    """A launch option: how many registers a thread may use. The assembler then takes them before it spills. Only NVIDIA's has the option."""
+    """A launch option: how many registers a thread may use. The assembler takes them before it spills. Only NVIDIA's has this option."""
     if interpreting():
         return {}
     from triton.runtime import driver
