@@ -41,6 +41,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def registers(most: int) -> dict[str, int]:
+    """A launch option: how many registers a thread may use. The assembler takes them before it spills. Only NVIDIA's has this option."""
+    if interpreting():
+        return {}
+    from triton.runtime import driver
+
+    return {"maxnreg": most} if driver.active.get_current_target().backend == "cuda" else {}
+
+
 @functools.cache
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that one program may use."""

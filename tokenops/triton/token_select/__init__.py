@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, launch, power_of_two, row_strides, tile_of
+from tokenops.triton.launch import device_objections, launch, power_of_two, registers, row_strides, tile_of
 from tokenops.types import HaltBackwardProblem, HaltProblem, HaltState
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,6 +113,8 @@ def halt_backward(problem: HaltBackwardProblem, grad_x: Tensor | None, grad_rema
         grad_out=problem.grad_out,
         new_grad_x=grad_x,
         row_strides=tuple(map(row_strides, vectors.values())),
+        # left to itself, the assembler of sm_90 and sm_100 spills a register where that lets one more program run beside the others
+        **registers(128),
         grad_out_strides=row_strides(problem.grad_out),
         grad_x_strides=row_strides(grad_x),
     )

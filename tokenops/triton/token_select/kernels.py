@@ -311,6 +311,12 @@ def halt_backward(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = rows < N
+    if CLASS:
+        contributes, sample = _first_rows(rows, b, cu_seqlens, sequences, steps)
+        grad_rows = sample.to(tl.int64) * grad_out_strides[0]
+    else:
+        contributes = exists
+        grad_rows = b * grad_out_strides[0] + rows.to(tl.int64) * grad_out_strides[1]
     x += b * x_strides[0]
     inside = _inside(rows, cu_seqlens, sequences, N)
     h = _gate(x, rows, x_strides[1], inside, scale, center, LAST)
@@ -321,13 +327,8 @@ def halt_backward(
     taking = was & (reached | going)
     weight = tl.where(reached, _of_rows(remain, b, row_strides[3], rows, exists, 1.0), h)
     weight = tl.where(taking, weight, 0.0)
+    taking = taking & contributes
 
-    if CLASS:
-        first, sample = _first_rows(rows, b, cu_seqlens, sequences, steps)
-        taking = taking & first
-        grad_rows = sample.to(tl.int64) * grad_out_strides[0]
-    else:
-        grad_rows = b * grad_out_strides[0] + rows.to(tl.int64) * grad_out_strides[1]
     products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(BLOCK_C, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
