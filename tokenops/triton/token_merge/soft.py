@@ -38,12 +38,12 @@ TABLE = {
     ("backward_x", 2): Blocks(64, 32, 64, 0, 128, 4),
     ("backward_metric", 2): Blocks(64, 32, 64, 32, 64, 4),
     ("backward_meta", 2): Blocks(64, 32, 64, 32, 64, 4),
-    ("token_softmax", 4): Blocks(32, 32, 32, 0, 0, 4),
-    ("collect", 4): Blocks(32, 32, 32, 0, 64, 4),
-    ("token_terms", 4): Blocks(32, 32, 32, 32, 0, 4),
-    ("backward_x", 4): Blocks(32, 32, 32, 0, 64, 4),
-    ("backward_metric", 4): Blocks(32, 32, 16, 16, 32, 4),
-    ("backward_meta", 4): Blocks(32, 32, 32, 32, 32, 8),
+    ("token_softmax", 4): Blocks(32, 32, 16, 0, 0, 4),
+    ("collect", 4): Blocks(32, 32, 16, 0, 32, 4),
+    ("token_terms", 4): Blocks(32, 32, 16, 16, 0, 8),
+    ("backward_x", 4): Blocks(32, 32, 32, 0, 32, 4),
+    ("backward_metric", 4): Blocks(32, 16, 16, 16, 32, 4),
+    ("backward_meta", 4): Blocks(32, 16, 16, 16, 32, 4),
 }
 
 
@@ -167,8 +167,10 @@ class _Call:
         blocks, cut = self.blocks(kernel.__name__), self._cut(kernel.__name__)
         parts = 1
         if columns:
-            parts = -(-columns // cut.columns)
-            arguments |= {"parts": parts, "BLOCK_O": min(cut.columns, _pad(columns))}
+            # rows that begin anywhere are read element by element, which takes more registers
+            block = min(cut.columns if columns % 8 == 0 else cut.columns // 2, _pad(columns))
+            parts = -(-columns // block)
+            arguments |= {"parts": parts, "BLOCK_O": block}
         if cut.channels:
             arguments["BLOCK_C"] = min(cut.channels, _pad(arguments["C"]))
         launch(
