@@ -110,7 +110,9 @@ def merge_rows(
         merged *= (1.0 / tl.where(single | (mass == 0.0), 1.0, mass))[:, None]
     # nobody's row, or a mean without mass
     merged = _or_zero(merged, mass != 0.0)
-    tl.store(_rows_of(out + b * out_strides[0], rows, out_strides[1], column), merged.to(out.dtype.element_ty), mask=exists[:, None] & within)
+    tl.store(
+        _rows_of(out + b * out_strides[0], rows, out_strides[1], column), merged.to(out.dtype.element_ty), mask=exists[:, None] & within
+    )
 
 
 @triton.jit(do_not_specialize=["N", "rows_out", "blocks"])

@@ -11,7 +11,9 @@ from tokenops.triton.launch import dot_precision, launch, power_of_two, row_stri
 from tokenops.types import SoftMergeGradients
 
 # elements of the tile of a program that multiplies nothing
-TILE = 2048
+TILE = 1024
+# rows of a block, at most
+FARTHEST = 256
 # kernels whose results are rows of meta tokens
 OF_METAS = ("collect", "backward_meta")
 
@@ -59,6 +61,7 @@ def soft_merge(
     """Fills out [B, M, C], mass_out [B, M] and lse [B, N]."""
     from tokenops.triton.token_merge import soft_kernels as kernels
 
+    x, metric, meta = _near(x), _near(metric), _near(meta)
     call = _Call(x, metric, meta, temperature, normalize)
     channels = x.shape[2]
     terms = {"origin": torch.empty_like(lse), "weight": torch.empty_like(lse)}
@@ -83,6 +86,7 @@ def soft_merge_backward(
     """Fills every wanted gradient from grad_out [B, M, C] and grad_mass [B, M]."""
     from tokenops.triton.token_merge import soft_kernels as kernels
 
+    grad_out, x, metric, meta = _near(grad_out), _near(x), _near(metric), _near(meta)
     call = _Call(x, metric, meta, temperature, normalize)
     (batch, tokens, channels), metas, width = x.shape, meta.shape[1], metric.shape[2]
     # it was rounded to x's type before it got here; products want both factors in one type
@@ -195,7 +199,8 @@ def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from tokenops.triton.token_merge import soft_kernels as kernels
 
     batch, rows, width = source.shape
-    scaled = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    # rows begin where the widest loads may
+    scaled = torch.empty((batch, rows, -(-width // 16) * 16), dtype=source.dtype, device=source.device)[..., :width]
     inverse, powers = torch.empty((2, batch, rows), dtype=torch.float32, device=source.device)
     tile = tile_of(width, TILE)
     blocks = -(-rows // tile.rows)
@@ -208,6 +213,7 @@ def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse=inverse,
         powers=powers,
         source_strides=row_strides(source),
+        rows_strides=row_strides(scaled),
         N=rows,
         blocks=blocks,
         F=width,
@@ -216,6 +222,11 @@ def _unit_rows(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=4,
     )
     return scaled, inverse, powers
+
+
+def _near(grid: Tensor) -> Tensor:
+    """Rows that the 32-bit offsets within a block reach; copies only rows that lie gigabytes apart."""
+    return grid if grid.stride(1) * FARTHEST < 2**31 else grid.contiguous()
 
 
 def _pad(size: int) -> int:

@@ -21,26 +21,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(base, rows, exists, stride, columns, width):
-    """Some columns of some rows, 0 outside."""
-    within = exists[:, None] & (columns < width)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=within, other=0.0)
+def _places(base, first, stride, columns, ROWS: tl.constexpr):
+    """Pointers to some columns of consecutive rows. Within a block offsets have 32 bits, which saves registers; launchers see to it."""
+    return base + tl.cast(first, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + columns[None, :])
 
 
 @triton.jit
-def _store_tile(base, rows, exists, stride, columns, tile, width):
-    within = exists[:, None] & (columns < width)[None, :]
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=within)
+def _tile(base, first, exists, stride, columns, width, ROWS: tl.constexpr):
+    """Some columns of consecutive rows, 0 outside."""
+    return tl.load(_places(base, first, stride, columns, ROWS), mask=exists[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tile(base, first, exists, stride, columns, tile, width, ROWS: tl.constexpr):
+    places = _places(base, first, stride, columns, ROWS)
+    tl.store(places, tile.to(base.dtype.element_ty), mask=exists[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
 def _products(
     a,
-    a_rows,
+    a_first,
     a_exists,
     a_stride,
     b,
-    b_rows,
+    b_first,
     b_exists,
     b_stride,
     width,
@@ -55,15 +60,15 @@ def _products(
     if WHOLE:
         # not a loop, so that the loop around it is the innermost one, whose loads are copied ahead
         columns = tl.arange(0, BLOCK)
-        rows = _tile(a, a_rows, a_exists, a_stride, columns, width)
-        others = _tile(b, b_rows, b_exists, b_stride, columns, width)
+        rows = _tile(a, a_first, a_exists, a_stride, columns, width, BLOCK_A)
+        others = _tile(b, b_first, b_exists, b_stride, columns, width, BLOCK_B)
         products = tl.dot(rows, tl.trans(others), products, input_precision=PRECISION)
     else:
         # the width is no constant to the compiler: it would unroll the loop, and registers would spill
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            rows = _tile(a, a_rows, a_exists, a_stride, columns, width)
-            others = _tile(b, b_rows, b_exists, b_stride, columns, width)
+            rows = _tile(a, a_first, a_exists, a_stride, columns, width, BLOCK_A)
+            others = _tile(b, b_first, b_exists, b_stride, columns, width, BLOCK_B)
             products = tl.dot(rows, tl.trans(others), products, input_precision=PRECISION)
     return products
 
@@ -108,6 +113,7 @@ def unit_rows(
     inverse,  # [B, N] float32: one over their length, 0 for a zero row
     powers,  # [B, N] float32: the powers
     source_strides,
+    rows_strides,
     N,
     blocks,
     F,
@@ -115,12 +121,13 @@ def unit_rows(
     BLOCK_F: tl.constexpr,
 ):
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = (tl.program_id(0) % blocks) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
     exists = n < N
     source += b * source_strides[0]
     largest = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     for start in range(0, F, BLOCK_F):
-        tile = _tile(source, n, exists, source_strides[1], start + tl.arange(0, BLOCK_F), F).to(tl.float32)
+        tile = _tile(source, n_first, exists, source_strides[1], start + tl.arange(0, BLOCK_F), F, BLOCK_N).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(tile), propagate_nan=tl.PropagateNan.ALL)
     exponent = tl.max(largest, 1).to(tl.int32, bitcast=True) >> 23
     # a normal number, also for the smallest denormal: its row stays small but no longer vanishes when squared
@@ -128,9 +135,9 @@ def unit_rows(
     squares = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     for start in range(0, F, BLOCK_F):
         columns = start + tl.arange(0, BLOCK_F)
-        tile = _tile(source, n, exists, source_strides[1], columns, F).to(tl.float32) * power[:, None]
+        tile = _tile(source, n_first, exists, source_strides[1], columns, F, BLOCK_N).to(tl.float32) * power[:, None]
         squares += tile * tile
-        _store_tile(rows + b * N * F, n, exists, F, columns, tile, F)
+        _store_tile(rows + b * rows_strides[0], n_first, exists, rows_strides[1], columns, tile, F, BLOCK_N)
     square = tl.sum(squares, 1)
     zero = square == 0.0
     tl.store(inverse + b * N + n, tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, square))), mask=exists)
@@ -164,7 +171,8 @@ def token_softmax(
 ):
     """The softmax's terms of a block of tokens."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = (tl.program_id(0) % blocks) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
     exists = n < N
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
@@ -175,10 +183,23 @@ def token_softmax(
     cool = _coolness(temperature, learned_temperature) * LOG2E
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, M, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+    for m_first in range(0, M, BLOCK_M):
+        m = m_first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric,
+            n_first,
+            exists,
+            metric_strides[1],
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_F,
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         scores = tl.where((m < M)[None, :], scores, float("-inf"))
@@ -224,7 +245,8 @@ def collect(
     channel = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
-    m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_first = (block % blocks) * BLOCK_M
+    m = m_first + tl.arange(0, BLOCK_M)
     x += b * x_strides[0]
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
@@ -237,21 +259,34 @@ def collect(
     cool = _coolness(temperature, learned_temperature) * LOG2E
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
-    for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+    for n_first in range(0, N, BLOCK_N):
+        n = n_first + tl.arange(0, BLOCK_N)
         exists = n < N
         products = _products(
-            meta, m, m < M, meta_strides[1], metric, n, exists, metric_strides[1], F, WHOLE_F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
+            metric,
+            n_first,
+            exists,
+            metric_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_F,
         )
         scores = products * _factors(metric_inverse, n, exists)[None, :] * inverse[:, None] * cool
         w = tl.exp2(scores - _vector(origin, n, exists)[None, :]) * _vector(weight, n, exists)[None, :]
         w = tl.where((m < M)[:, None], w, 0.0)
         mass += tl.sum(w, 1)
-        rows = _tile(x, n, exists, x_strides[1], channel, C)
+        rows = _tile(x, n_first, exists, x_strides[1], channel, C, BLOCK_N)
         total = tl.dot(w.to(rows.dtype), rows, total, input_precision=PRECISION)
     empty = mass == 0.0
     total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, mass)[:, None])
-    _store_tile(out + b * M * C, m, m < M, C, channel, total, C)
+    _store_tile(out + b * M * C, m_first, m < M, C, channel, total, C, BLOCK_M)
     if tl.program_id(0) % parts == 0:
         tl.store(mass_out + b * M + m, mass, mask=m < M)
 
@@ -275,13 +310,14 @@ def meta_terms(
     BLOCK_C: tl.constexpr,
 ):
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_first = (tl.program_id(0) % blocks) * BLOCK_M
+    m = m_first + tl.arange(0, BLOCK_M)
     exists = m < M
     products = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        grad = _tile(grad_out + b * grad_out_strides[0], m, exists, grad_out_strides[1], channel, C).to(tl.float32)
-        products += grad * _tile(out + b * out_strides[0], m, exists, out_strides[1], channel, C)
+        grad = _tile(grad_out + b * grad_out_strides[0], m_first, exists, grad_out_strides[1], channel, C, BLOCK_M).to(tl.float32)
+        products += grad * _tile(out + b * out_strides[0], m_first, exists, out_strides[1], channel, C, BLOCK_M)
     mass = tl.load(mass_out + b * mass_out_strides[0] + m.to(tl.int64) * mass_out_strides[1], mask=exists, other=0.0)
     inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
     of_mass = tl.load(grad_mass + b * grad_mass_strides[0] + m.to(tl.int64) * grad_mass_strides[1], mask=exists, other=0.0)
@@ -326,7 +362,8 @@ def token_terms(
 ):
     """What the softmax's gradient needs of all scores of a token."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = (tl.program_id(0) % blocks) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
     exists = n < N
     x += b * x_strides[0]
     metric += b * metric_strides[0]
@@ -342,14 +379,29 @@ def token_terms(
     base = tl.load(lse + b * lse_strides[0] + n.to(tl.int64) * lse_strides[1], mask=exists, other=0.0) * LOG2E
     total = tl.zeros([BLOCK_N], tl.float32)
     along = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, M, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+    for m_first in range(0, M, BLOCK_M):
+        m = m_first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric,
+            n_first,
+            exists,
+            metric_strides[1],
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_F,
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         p = tl.where((m < M)[None, :], tl.exp2(scores - base[:, None]), 0.0)
-        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
+        grad = _products(
+            x, n_first, exists, x_strides[1], grad_out, m_first, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C
+        )
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
         total += tl.sum(p, 1)
         along += tl.sum(p * grad, 1)
@@ -394,7 +446,8 @@ def backward_x(
     channel = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
-    n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = (block % blocks) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
     exists = n < N
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
@@ -408,18 +461,31 @@ def backward_x(
     base = _vector(origin + b * N, n, exists)
     own = _vector(weight + b * N, n, exists)
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for first in range(0, M, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+    for m_first in range(0, M, BLOCK_M):
+        m = m_first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric,
+            n_first,
+            exists,
+            metric_strides[1],
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_F,
         )
         scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
         # a share of the meta token's mass: at most 1, whatever the masses are
         w = tl.exp2(scores - base[:, None]) * own[:, None] * _vector(inverse_mass, m, m < M)[None, :]
         w = tl.where((m < M)[None, :], w, 0.0)
-        rows = _tile(grad_out, m, m < M, grad_out_strides[1], channel, C)
+        rows = _tile(grad_out, m_first, m < M, grad_out_strides[1], channel, C, BLOCK_M)
         total = tl.dot(w.to(rows.dtype), rows, total, input_precision=PRECISION)
-    _store_tile(grad_x + b * N * C, n, exists, C, channel, total, C)
+    _store_tile(grad_x + b * N * C, n_first, exists, C, channel, total, C, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "blocks", "parts"])
@@ -462,7 +528,8 @@ def backward_metric(
     column = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
-    n = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_first = (block % blocks) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
     exists = n < N
     x += b * x_strides[0]
     metric += b * metric_strides[0]
@@ -481,16 +548,31 @@ def backward_metric(
     along = tl.zeros([BLOCK_N], tl.float32)
     warmth = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for first in range(0, M, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+    for m_first in range(0, M, BLOCK_M):
+        m = m_first + tl.arange(0, BLOCK_M)
         products = _products(
-            metric, n, exists, metric_strides[1], meta, m, m < M, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_N, BLOCK_M, BLOCK_F
+            metric,
+            n_first,
+            exists,
+            metric_strides[1],
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_F,
         )
         of_meta = _factors(meta_inverse, m, m < M)
         similar = products * inverse[:, None] * of_meta[None, :]
         below = similar * (cool * LOG2E) - base[:, None]
         w = tl.exp2(below) * own[:, None]
-        grad = _products(x, n, exists, x_strides[1], grad_out, m, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C)
+        grad = _products(
+            x, n_first, exists, x_strides[1], grad_out, m_first, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C
+        )
         grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
         grad = tl.where((m < M)[None, :], w * (grad - taken[:, None]), 0.0)
         along += tl.sum(grad * similar, 1)
@@ -498,14 +580,14 @@ def backward_metric(
             # a token's gradients sum to zero, so its scores may count from anywhere: from here they are small where weights are large
             warmth += tl.sum(grad * below, 1)
         if grad_metric is not None:
-            rows = _tile(meta, m, m < M, meta_strides[1], column, F)
+            rows = _tile(meta, m_first, m < M, meta_strides[1], column, F, BLOCK_M)
             total = tl.dot((grad * of_meta[None, :]).to(rows.dtype), rows, total, input_precision=PRECISION)
     if grad_metric is not None:
         if powers is not None:
             # only what turns the row changes its direction
-            direction = _tile(metric, n, exists, metric_strides[1], column, F).to(tl.float32) * inverse[:, None]
+            direction = _tile(metric, n_first, exists, metric_strides[1], column, F, BLOCK_N).to(tl.float32) * inverse[:, None]
             total = (total - along[:, None] * direction) * (inverse * _vector(powers + b * N, n, exists))[:, None]
-        _store_tile(grad_metric + b * N * F, n, exists, F, column, total * cool, F)
+        _store_tile(grad_metric + b * N * F, n_first, exists, F, column, total * cool, F, BLOCK_N)
     if grad_temperature is not None:
         if tl.program_id(0) % parts == 0:
             tl.store(grad_temperature + block, -tl.sum(warmth, 0) * LN2 * cool)
@@ -550,7 +632,8 @@ def backward_meta(
     column = (tl.program_id(0) % parts) * BLOCK_O + tl.arange(0, BLOCK_O)
     block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
-    m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_first = (block % blocks) * BLOCK_M
+    m = m_first + tl.arange(0, BLOCK_M)
     exists = m < M
     x += b * x_strides[0]
     metric += b * metric_strides[0]
@@ -568,19 +651,36 @@ def backward_meta(
     added = _vector(shift + b * M, m, exists)
     along = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
-    for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+    for n_first in range(0, N, BLOCK_N):
+        n = n_first + tl.arange(0, BLOCK_N)
         here = n < N
-        products = _products(meta, m, exists, meta_strides[1], metric, n, here, metric_strides[1], F, WHOLE_F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_F)
+        products = _products(
+            meta,
+            m_first,
+            exists,
+            meta_strides[1],
+            metric,
+            n_first,
+            here,
+            metric_strides[1],
+            F,
+            WHOLE_F,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_F,
+        )
         of_metric = _factors(metric_inverse, n, here)
         similar = products * of_metric[None, :] * inverse[:, None]
         w = tl.exp2(similar * (cool * LOG2E) - _vector(origin, n, here)[None, :]) * _vector(weight, n, here)[None, :]
-        grad = _products(grad_out, m, exists, grad_out_strides[1], x, n, here, x_strides[1], C, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C)
+        grad = _products(
+            grad_out, m_first, exists, grad_out_strides[1], x, n_first, here, x_strides[1], C, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C
+        )
         grad = w * (grad * by[:, None] + (added[:, None] - _vector(share, n, here)[None, :]))
         along += tl.sum(grad * similar, 1)
-        rows = _tile(metric, n, here, metric_strides[1], column, F)
+        rows = _tile(metric, n_first, here, metric_strides[1], column, F, BLOCK_N)
         total = tl.dot((grad * of_metric[None, :]).to(rows.dtype), rows, total, input_precision=PRECISION)
     if powers is not None:
-        direction = _tile(meta, m, exists, meta_strides[1], column, F).to(tl.float32) * inverse[:, None]
+        direction = _tile(meta, m_first, exists, meta_strides[1], column, F, BLOCK_M).to(tl.float32) * inverse[:, None]
         total = (total - along[:, None] * direction) * (inverse * _vector(powers + b * M, m, exists))[:, None]
-    _store_tile(grad_meta + b * M * F, m, exists, F, column, total * cool, F)
+    _store_tile(grad_meta + b * M * F, m_first, exists, F, column, total * cool, F, BLOCK_M)
