@@ -19,7 +19,7 @@ class Side(NamedTuple):
     scale: Tensor | None  # [1|B, N] float32
     place: Tensor | None  # [1|B, N, 3] int32
     rows: Tensor | None = None  # [B, slots] int32, ascending: the list of those that take part
-    count: Tensor | None = None  # type: ignore[assignment]  # [B] int32, how many there are
+    listed: Tensor | None = None  # [B] int32, how many there are
 
 
 class Tiles(NamedTuple):
@@ -73,8 +73,8 @@ def launch_search(
         b=b.x,
         a_rows=a.rows,
         b_rows=b.rows,
-        a_count=a.count,
-        b_count=b.count,
+        a_count=a.listed,
+        b_count=b.listed,
         a_factor=of_a.factor,
         b_factor=of_b.factor,
         a_shrink=of_a.shrink,
@@ -163,7 +163,7 @@ def _describe(side: Side, block: int, unit: int, normalize: bool) -> _Descriptio
         x,
         x=x,
         rows=side.rows,
-        count=side.count,
+        count=side.listed,
         mask=None if side.mask is None else side.mask.view(torch.uint8),
         scale=side.scale,
         place=side.place,

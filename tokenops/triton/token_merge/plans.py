@@ -20,7 +20,7 @@ class Ids(NamedTuple):
     step: int
     slots: int
     rows: Tensor | None = None  # [B, N] int32
-    count: Tensor | None = None  # type: ignore[assignment]  # [B] int32
+    listed: Tensor | None = None  # [B] int32, how many are listed
 
 
 def match(problem: MatchProblem, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
@@ -136,10 +136,6 @@ def _parents(problem: MatchProblem) -> Tensor:
     return parent
 
 
-def _every_second(first: int, tokens: int) -> Ids:
-    return Ids(first, 2, len(range(first, tokens, 2)))
-
-
 def _sides(problem: MatchProblem) -> tuple[Ids, Ids]:
     """Which tokens may leave and which may receive. The default roles are known beforehand; others are listed on the device."""
     from tokenops.triton.token_merge import plan_kernels as kernels
@@ -148,7 +144,8 @@ def _sides(problem: MatchProblem) -> tuple[Ids, Ids]:
     role = problem.role
     if role is None:
         first_source, first_destination = (2 if problem.class_token else 0), (3 if problem.distill_token else 1)
-        return _every_second(first_source, tokens), _every_second(first_destination, tokens)
+        of_sources, of_destinations = (Ids(first, 2, len(range(first, tokens, 2))) for first in (first_source, first_destination))
+        return of_sources, of_destinations
     lists = torch.empty((2, batch, tokens), dtype=torch.int32, device=role.device)
     counts = torch.empty((2, batch), dtype=torch.int32, device=role.device)
     block = _block(tokens)
@@ -182,7 +179,7 @@ def _side(problem: MatchProblem, ids: Ids, scale: Tensor | None) -> Side:
         None if scale is None else taken(scale),
         None if place is None else taken(place),
         ids.rows,
-        ids.count,
+        ids.listed,
     )
 
 
