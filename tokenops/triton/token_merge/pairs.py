@@ -195,7 +195,7 @@ def _tiles(a: Tensor, columns: int, window: bool) -> Tiles:
     if a.dtype == torch.float32:
         # products on the ordinary cores hold both operands in registers
         block_a = min(rows, 32 if window else 64)
-        return Tiles(block_a, min(columns, 32), min(width, 16), 4 if block_a > 16 else 1, 2)
+        return Tiles(block_a, min(columns, 32), width if width <= 32 and not window else 16, 4 if block_a > 16 else 1, 2)
     # small blocks where large ones would leave processors idle
     block_a = min(rows, 128 if samples * -(-rows // 128) >= _processors(a) else 64)
     # places, and rows too wide to be held whole, take the registers of half a block

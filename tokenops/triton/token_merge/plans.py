@@ -84,7 +84,7 @@ def plan(target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tens
         n_out=n_out,
         blocks=blocks,
         BLOCK=block,
-        BLOCK_N=128,
+        BLOCK_N=64,
         num_warps=4,
     )
     if is_slot:
