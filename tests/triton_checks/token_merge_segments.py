@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 
-import token_merge_oracle
 import torch
 from oracle import assert_close
+from token_merge_oracle import random_plan
 from torch import Tensor
 
 from tokenops.reference import token_merge as reference
@@ -18,7 +18,6 @@ from triton_checks import Checks
 CHECKS = Checks()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("mean", "sum", "amax", "replace", "drop")
-random_plan = functools.partial(token_merge_oracle.random_plan, backend="reference")
 
 
 def tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
