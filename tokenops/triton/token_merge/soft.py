@@ -64,7 +64,7 @@ def soft_merge(
     x, metric, meta = _near(x), _near(metric), _near(meta)
     call = _Call(x, metric, meta, temperature, normalize)
     channels = x.shape[2]
-    terms = {"origin": torch.empty_like(lse), "weight": torch.empty_like(lse)}
+    terms: dict[str, Any] = {"origin": torch.empty_like(lse), "weight": torch.empty_like(lse)}
     call.launch(kernels.token_softmax, **terms, mass=mass, mass_strides=row_strides(mass), lse=lse)
     call.launch(kernels.collect, channels, **terms, x=x, x_strides=row_strides(x), out=out, mass_out=mass_out, C=channels)
 
@@ -117,16 +117,16 @@ def soft_merge_backward(
     )
     origin, weight, share = torch.empty((3, batch, tokens), dtype=torch.float32, device=x.device)
     results = {"grad_out": grad_out, "grad_out_strides": row_strides(grad_out), "inverse_mass": inverse_mass, "C": channels}
-    terms = {"origin": origin, "weight": weight, "share": share}
+    terms: dict[str, Any] = {"origin": origin, "weight": weight, "share": share}
     given = {**results, "x": x, "x_strides": row_strides(x), "shift": shift}
-    masses = {"mass": mass, "mass_strides": row_strides(mass), "lse": lse, "lse_strides": row_strides(lse)}
+    masses: dict[str, Any] = {"mass": mass, "mass_strides": row_strides(mass), "lse": lse, "lse_strides": row_strides(lse)}
     call.launch(kernels.token_terms, **given, **terms, **masses)
     if grads.mass is not None:
         grads.mass.copy_(share)
     if grads.metric is not None or grads.temperature is not None:
         parts = share.new_empty((batch, call.blocks("backward_metric")))
         powers, columns = call.metric_powers, 1 if grads.metric is None else width
-        of = {"grad_metric": grads.metric, "grad_temperature": None if grads.temperature is None else parts}
+        of: dict[str, Any] = {"grad_metric": grads.metric, "grad_temperature": None if grads.temperature is None else parts}
         call.launch(kernels.backward_metric, columns, **given, **terms, **of, powers=powers)
         if grads.temperature is not None:
             torch.sum(parts, -1, out=grads.temperature)
