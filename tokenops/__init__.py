@@ -1,5 +1,6 @@
 """Sparse token attention for PyTorch: operators with hand-written kernels, and a plain PyTorch reference for each."""
 
+from tokenops.ops.delta_matmul import gathered_linear, gathered_mlp, update_tokens, update_tokens_
 from tokenops.ops.sdpa import patch_sdpa
 from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
 from tokenops.ops.token_merge import (
@@ -35,6 +36,8 @@ __all__ = [
     "TokenIndex",
     "Window",
     "compose_plans",
+    "gathered_linear",
+    "gathered_mlp",
     "halt_tokens",
     "halt_tokens_",
     "index_from_mask",
@@ -53,4 +56,6 @@ __all__ = [
     "sparse_attention_varlen",
     "unmerge_tokens",
     "unpack_tokens",
+    "update_tokens",
+    "update_tokens_",
 ]

@@ -51,6 +51,18 @@ class PackedTokens(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32, sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1]
 
 
+class DeltaGate(NamedTuple):
+    """Which tokens of a frame changed enough to be sent on, and what they are now."""
+
+    # as in TokenIndex
+    index: Tensor  # type: ignore[assignment]  # [B, K] int32 ids of the chosen tokens, -1 = empty slot
+    count: Tensor  # type: ignore[assignment]  # [B] int32, how many slots of each list are filled
+    values: Tensor  # [B, K, C] the chosen tokens, 0 in empty slots
+    delta: Tensor  # [B, K, C] their change since they were last sent, 0 in empty slots
+    reference: Tensor  # [B, N, C] every token as it was last sent: what the next frame is compared with
+    total: Tensor  # [B, N, C] the residual sum x + skip; x itself where there is no skip
+
+
 class AttentionProblem(NamedTuple):
     """One attention call after the door has checked and normalised it: what every backend receives.
 
@@ -186,3 +198,70 @@ class HaltBackwardProblem(NamedTuple):
     limit: float
     last: bool
     class_only: bool
+
+
+class LinearProblem(NamedTuple):
+    """One call of ``gathered_linear`` (or, with a second weight, of ``gathered_mlp``) after the door has checked it."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides (0 included)
+    index: Tensor  # type: ignore[assignment]  # [1|B, K] int32, rows of x, -1 = empty slot
+    weight: Tensor  # [O, C]
+    bias: Tensor | None  # [O]
+    norm_weight: Tensor | None  # [C], both or neither: the rows are layer-normalised first
+    norm_bias: Tensor | None  # [C]
+    norm_eps: float
+    activation: str  # "none", "gelu", "gelu_tanh", "relu" or "silu"
+    weight_2: Tensor | None  # [P, O], the second layer
+    bias_2: Tensor | None  # [P]
+
+
+class LinearGradients(NamedTuple):
+    """Where the backward pass puts its results; None where no gradient is wanted. Every element must be written."""
+
+    x: Tensor | None  # [B, N, C] in x's dtype, zero in rows that were not listed
+    weight: Tensor | None  # each of these in its argument's own shape and dtype
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight_2: Tensor | None
+    bias_2: Tensor | None
+
+
+class GateProblem(NamedTuple):
+    """One call of ``delta_gate`` after the door has checked it. How many tokens it may choose is the length of the result's lists."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides (0 included)
+    skip: Tensor | None  # [B, N, C], added to x first
+    reference: Tensor | None  # [B, N, C]; None = the first frame: every token is chosen
+    norm_weight: Tensor | None  # [C], both or neither: the sum is layer-normalised
+    norm_bias: Tensor | None  # [C]
+    norm_eps: float
+    index: Tensor | None  # type: ignore[assignment]  # [1|B, K] int32, tokens to choose whatever their change; -1 = empty slot
+    threshold: float | None  # only tokens whose change is greater
+    order: float  # of the norm
+    whole: bool  # the new reference is the whole frame, not only what was chosen
+
+
+class GateBackwardProblem(NamedTuple):
+    """The backward pass of a gate. A gradient that is None is zero."""
+
+    x: Tensor  # [B, N, C], or the residual sum where there was one
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    index: Tensor  # type: ignore[assignment]  # [B, K] what was chosen
+    whole: bool
+    first: bool  # there was no reference
+    grad_values: Tensor | None  # [B, K, C]
+    grad_delta: Tensor | None  # [B, K, C]
+    grad_reference: Tensor | None  # [B, N, C]
+    grad_total: Tensor | None  # [B, N, C]
+
+
+class GateGradients(NamedTuple):
+    """Where the backward pass of a gate puts its results; None where no gradient is wanted."""
+
+    x: Tensor | None  # [B, N, C]; the same for x and skip
+    reference: Tensor | None  # [B, N, C]
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None  # [C]

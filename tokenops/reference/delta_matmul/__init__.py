@@ -1,0 +1,59 @@
+"""Work on what changed since the last frame: the executable specification, and a backend.
+
+Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``linear`` (layers on listed rows). ``rows`` is
+what they stand on. Here they serve as a backend: results go where the caller says. Letters: B batch, N tokens of a frame, K slots of a
+list, C channels, O output channels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
+from tokenops.reference.delta_matmul.linear import projected as projected
+from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients
+from tokenops.reference.delta_matmul.rows import listed as listed
+from tokenops.reference.delta_matmul.rows import replaced as replaced
+from tokenops.reference.delta_matmul.rows import row_ids as row_ids
+from tokenops.reference.delta_matmul.rows import taken as taken
+from tokenops.reference.token_select import check_lists
+from tokenops.types import LinearGradients, LinearProblem
+
+
+def linear(problem: LinearProblem, out: Tensor) -> None:
+    """Fill out [B, K, O]."""
+    out.copy_(projected(problem))
+
+
+def linear_into(problem: LinearProblem, out: Tensor) -> None:
+    """Write the listed rows of out [B, N, O] and leave the others."""
+    ids = row_ids(problem.index, out.shape[0], out.shape[1])
+    sample, slot = (ids >= 0).nonzero(as_tuple=True)
+    out[sample, ids[sample, slot]] = projected(problem)[sample, slot]
+
+
+def linear_backward(problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
+    for wanted, result in zip(grads, projected_gradients(problem, grad_out), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
+
+
+def update(buffer: Tensor, rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Fill out [B, N, C], which may be the buffer: the listed rows from ``rows`` [B, K, C], the others as they are."""
+    out.copy_(replaced(buffer, rows, row_ids(index, buffer.shape[0], buffer.shape[1])))
+
+
+def update_backward(grad_out: Tensor, index: Tensor, grad_buffer: Tensor | None, grad_rows: Tensor | None) -> None:
+    ids = row_ids(index, grad_out.shape[0], grad_out.shape[1])
+    if grad_buffer is not None:
+        grad_buffer.copy_(grad_out.masked_fill(listed(ids, grad_out.shape[1]).unsqueeze(-1), 0.0))
+    if grad_rows is not None:
+        grad_rows.copy_(taken(grad_out, ids))
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    """
+    Raises:
+        ValueError: an id out of range, or repeated within a list.
+    """
+    check_lists(index, rows, shared=False)
