@@ -1,14 +1,17 @@
 """Work on what changed since the last frame: the executable specification, and a backend.
 
-Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``linear`` (layers on listed rows). ``rows`` is
-what they stand on. Here they serve as a backend: results go where the caller says. Letters: B batch, N tokens of a frame, K slots of a
-list, C channels, O output channels.
+Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``gate`` (what changed), ``linear`` (layers on
+listed rows). ``rows`` is what they stand on. Here they serve as a backend: results go where the caller says. Letters: B batch, N tokens of
+a frame, K slots of a list, C channels, O output channels.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from tokenops.reference.delta_matmul.gate import check_gate as check_gate
+from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
+from tokenops.reference.delta_matmul.gate import gated as gated
 from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
 from tokenops.reference.delta_matmul.linear import projected as projected
 from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients
@@ -17,7 +20,21 @@ from tokenops.reference.delta_matmul.rows import replaced as replaced
 from tokenops.reference.delta_matmul.rows import row_ids as row_ids
 from tokenops.reference.delta_matmul.rows import taken as taken
 from tokenops.reference.token_select import check_lists
-from tokenops.types import LinearGradients, LinearProblem
+from tokenops.types import DeltaGate, GateBackwardProblem, GateGradients, GateProblem, LinearGradients, LinearProblem
+
+
+def gate(problem: GateProblem, new: DeltaGate) -> None:
+    """Fill the result; its reference may be the problem's own. Without a skip, its total is not filled."""
+    results = gated(problem, new.index.shape[1])
+    for name, target, result in zip(DeltaGate._fields, new, results, strict=True):
+        if name != "total" or problem.skip is not None:
+            target.copy_(result)
+
+
+def gate_backward(problem: GateBackwardProblem, grads: GateGradients) -> None:
+    for wanted, result in zip(grads, gate_gradients(problem), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
 
 
 def linear(problem: LinearProblem, out: Tensor) -> None:
