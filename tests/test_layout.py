@@ -34,6 +34,7 @@ EXAMPLES = (
     "merge_tokens",
     "unmerge_tokens",
     "soft_merge",
+    "delta_attention",
     "delta_gate",
     "gathered_linear",
     "gathered_mlp",

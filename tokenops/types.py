@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -61,6 +62,22 @@ class DeltaGate(NamedTuple):
     delta: Tensor  # [B, K, C] their change since they were last sent, 0 in empty slots
     reference: Tensor  # [B, N, C] every token as it was last sent: what the next frame is compared with
     total: Tensor  # [B, N, C] the residual sum x + skip; x itself where there is no skip
+
+
+class DeltaState(NamedTuple):
+    """What ``delta_attention`` carries from frame to frame. None = not in that mode.
+
+    M key cells: the N tokens, or fewer where keys are pooled. float32 stands for float64 with float64 tokens.
+    """
+
+    output: Tensor  # [B, H, N, Dv] float32; exact: sum over keys of exp(logit - maximum) value; paper: the result
+    value: Tensor  # [B, H, M, Dv] of the last frame
+    key: Tensor | None  # exact: [B, H, M, D] of the last frame
+    maximum: Tensor | None  # exact: [B, H, N] float32, at least the largest logit of the row
+    total: Tensor | None  # exact: [B, H, N] float32, sum over keys of exp(logit - maximum)
+    peak: Tensor | None  # exact: [B, H, N] float32, the largest total since the row was last computed afresh, at today's maximum
+    turn: Tensor | None  # exact: [] int32, which slice of rows is computed afresh next
+    probability: Tensor | None  # paper: [B, H, N, M], columns of the attention matrix as of when their cell was last listed
 
 
 class AttentionProblem(NamedTuple):
@@ -265,3 +282,31 @@ class GateGradients(NamedTuple):
     reference: Tensor | None  # [B, N, C]
     norm_weight: Tensor | None  # [C]
     norm_bias: Tensor | None  # [C]
+
+
+class DeltaAttentionProblem(NamedTuple):
+    """One call of ``delta_attention`` after the door has checked it."""
+
+    query: Tensor  # [B, H, N, D], last dimension dense, any other strides (0 included)
+    key: Tensor  # [B, H, N, D]
+    value: Tensor  # [B, H, N, Dv]
+    index: Tensor | None  # type: ignore[assignment]  # [1|B, K] int32, tokens changed since the state, -1 = empty slot; None: all
+    rel_h: Tensor | None  # [B, H, N, gh], both or neither: added to the logits of row m // gw of the grid of cells
+    rel_w: Tensor | None  # [B, H, N, gw], of column m % gw
+    scale: float
+    paper: bool  # mode; the rest is for one of them
+    pooling: tuple[int, int, int, int] | None  # height and width of the token grid, height and width of a cell
+    guard: float
+    refresh: int  # each row has its turn at least every so many frames; 0: never
+    crossover: float
+    cast: torch.dtype | None  # paper: of probability and value; None: that of value
+
+
+class DeltaAttentionGradients(NamedTuple):
+    """Where the backward pass of ``delta_attention`` puts its results; None where no gradient is wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    rel_h: Tensor | None
+    rel_w: Tensor | None

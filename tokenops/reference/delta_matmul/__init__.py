@@ -1,14 +1,19 @@
 """Work on what changed since the last frame: the executable specification, and a backend.
 
 Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``gate`` (what changed), ``linear`` (layers on
-listed rows). ``rows`` is what they stand on. Here they serve as a backend: results go where the caller says. Letters: B batch, N tokens of
-a frame, K slots of a list, C channels, O output channels.
+listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on. Here they serve as a backend: results
+go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head width, C channels, O output
+channels.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from tokenops.reference.delta_matmul.attention import dense as dense
+from tokenops.reference.delta_matmul.attention import dense_gradients as dense_gradients
+from tokenops.reference.delta_matmul.attention import exact as exact
+from tokenops.reference.delta_matmul.attention import paper as paper
 from tokenops.reference.delta_matmul.gate import check_gate as check_gate
 from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
 from tokenops.reference.delta_matmul.gate import gated as gated
@@ -20,7 +25,32 @@ from tokenops.reference.delta_matmul.rows import replaced as replaced
 from tokenops.reference.delta_matmul.rows import row_ids as row_ids
 from tokenops.reference.delta_matmul.rows import taken as taken
 from tokenops.reference.token_select import check_lists
-from tokenops.types import DeltaGate, GateBackwardProblem, GateGradients, GateProblem, LinearGradients, LinearProblem
+from tokenops.types import (
+    DeltaAttentionGradients,
+    DeltaAttentionProblem,
+    DeltaGate,
+    DeltaState,
+    GateBackwardProblem,
+    GateGradients,
+    GateProblem,
+    LinearGradients,
+    LinearProblem,
+)
+
+
+def attention(problem: DeltaAttentionProblem, state: DeltaState | None, out: Tensor, new: DeltaState) -> None:
+    """Fill out [B, H, N, Dv] and the new state."""
+    result, advanced = (paper if problem.paper else exact)(problem, state)
+    out.copy_(result)
+    for target, part in zip(new, advanced, strict=True):
+        if target is not None and part is not None:
+            target.copy_(part)
+
+
+def attention_backward(problem: DeltaAttentionProblem, grad_out: Tensor, grads: DeltaAttentionGradients) -> None:
+    for wanted, result in zip(grads, dense_gradients(problem, grad_out), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
 
 
 def gate(problem: GateProblem, new: DeltaGate) -> None:
