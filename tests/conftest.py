@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from oracle import Call, objections, problem_of
 
-from tokenops.ops import sparse_attention, token_merge, token_select
+from tokenops.ops import delta_matmul, sparse_attention, token_merge, token_select
 from tokenops.reference.sparse_attention import example_inputs as sparse_attention_inputs
 
 # `make gpu-test` sets it to cuda
@@ -24,6 +24,7 @@ settings.load_profile("repeatable")
 
 # a simple call of each room: a backend that objects to it cannot run here
 ROOMS = {
+    "delta_matmul": (delta_matmul.BACKENDS, torch.zeros(1, 8, 8, device=DEVICE)),
     "sparse_attention": (sparse_attention.BACKENDS, problem_of(sparse_attention_inputs(1, 1, 8, width=8, device=DEVICE))),
     "token_merge": (token_merge.BACKENDS, torch.zeros(1, 8, 8, device=DEVICE)),
     "token_select": (token_select.BACKENDS, torch.zeros(1, 8, device=DEVICE)),

@@ -1,5 +1,6 @@
 """Sparse token attention for PyTorch: operators with hand-written kernels, and a plain PyTorch reference for each."""
 
+from tokenops.ops.delta_matmul import delta_attention, delta_gate, delta_gate_, gathered_linear, gathered_mlp, update_tokens, update_tokens_
 from tokenops.ops.sdpa import patch_sdpa
 from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
 from tokenops.ops.token_merge import (
@@ -22,12 +23,14 @@ from tokenops.ops.token_select import (
     select_tokens,
     unpack_tokens,
 )
-from tokenops.types import Aux, HaltState, MergePlan, PackedTokens, Role, TokenIndex, Window
+from tokenops.types import Aux, DeltaGate, DeltaState, HaltState, MergePlan, PackedTokens, Role, TokenIndex, Window
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aux",
+    "DeltaGate",
+    "DeltaState",
     "HaltState",
     "MergePlan",
     "PackedTokens",
@@ -35,6 +38,11 @@ __all__ = [
     "TokenIndex",
     "Window",
     "compose_plans",
+    "delta_attention",
+    "delta_gate",
+    "delta_gate_",
+    "gathered_linear",
+    "gathered_mlp",
     "halt_tokens",
     "halt_tokens_",
     "index_from_mask",
@@ -53,4 +61,6 @@ __all__ = [
     "sparse_attention_varlen",
     "unmerge_tokens",
     "unpack_tokens",
+    "update_tokens",
+    "update_tokens_",
 ]

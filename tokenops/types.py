@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,34 @@ class PackedTokens(NamedTuple):
 
     tokens: Tensor  # [T, ...], zero behind the last sample
     cu_seqlens: Tensor  # [B + 1] int32, sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1]
+
+
+class DeltaGate(NamedTuple):
+    """Which tokens of a frame changed enough to be sent on, and what they are now."""
+
+    # as in TokenIndex
+    index: Tensor  # type: ignore[assignment]  # [B, K] int32 ids of the chosen tokens, -1 = empty slot
+    count: Tensor  # type: ignore[assignment]  # [B] int32, how many slots of each list are filled
+    values: Tensor  # [B, K, C] the chosen tokens, 0 in empty slots
+    delta: Tensor  # [B, K, C] their change since they were last sent, 0 in empty slots
+    reference: Tensor  # [B, N, C] every token as it was last sent: what the next frame is compared with
+    total: Tensor  # [B, N, C] the residual sum x + skip; x itself where there is no skip
+
+
+class DeltaState(NamedTuple):
+    """What ``delta_attention`` carries from frame to frame. None = not in that mode.
+
+    M key cells: the N tokens, or fewer where keys are pooled. float32 stands for float64 with float64 tokens.
+    """
+
+    output: Tensor  # [B, H, N, Dv] float32; exact: sum over keys of exp(logit - maximum) value; paper: the result
+    value: Tensor  # [B, H, M, Dv] of the last frame
+    key: Tensor | None  # exact: [B, H, M, D] of the last frame
+    maximum: Tensor | None  # exact: [B, H, N] float32, at least the largest logit of the row
+    total: Tensor | None  # exact: [B, H, N] float32, sum over keys of exp(logit - maximum)
+    peak: Tensor | None  # exact: [B, H, N] float32, the largest total since the row was last computed afresh, at today's maximum
+    turn: Tensor | None  # exact: [] int32, which slice of rows is computed afresh next
+    probability: Tensor | None  # paper: [B, H, N, M], columns of the attention matrix as of when their cell was last listed
 
 
 class AttentionProblem(NamedTuple):
@@ -186,3 +215,98 @@ class HaltBackwardProblem(NamedTuple):
     limit: float
     last: bool
     class_only: bool
+
+
+class LinearProblem(NamedTuple):
+    """One call of ``gathered_linear`` (or, with a second weight, of ``gathered_mlp``) after the door has checked it."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides (0 included)
+    index: Tensor  # type: ignore[assignment]  # [1|B, K] int32, rows of x, -1 = empty slot
+    weight: Tensor  # [O, C]
+    bias: Tensor | None  # [O]
+    norm_weight: Tensor | None  # [C], both or neither: the rows are layer-normalised first
+    norm_bias: Tensor | None  # [C]
+    norm_eps: float
+    activation: str  # "none", "gelu", "gelu_tanh", "relu" or "silu"
+    weight_2: Tensor | None  # [P, O], the second layer
+    bias_2: Tensor | None  # [P]
+
+
+class LinearGradients(NamedTuple):
+    """Where the backward pass puts its results; None where no gradient is wanted. Every element must be written."""
+
+    x: Tensor | None  # [B, N, C] in x's dtype, zero in rows that were not listed
+    weight: Tensor | None  # each of these in its argument's own shape and dtype
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight_2: Tensor | None
+    bias_2: Tensor | None
+
+
+class GateProblem(NamedTuple):
+    """One call of ``delta_gate`` after the door has checked it. How many tokens it may choose is the length of the result's lists."""
+
+    x: Tensor  # [B, N, C], last dimension dense, any other strides (0 included)
+    skip: Tensor | None  # [B, N, C], added to x first
+    reference: Tensor | None  # [B, N, C]; None = the first frame: every token is chosen
+    norm_weight: Tensor | None  # [C], both or neither: the sum is layer-normalised
+    norm_bias: Tensor | None  # [C]
+    norm_eps: float
+    index: Tensor | None  # type: ignore[assignment]  # [1|B, K] int32, tokens to choose whatever their change; -1 = empty slot
+    threshold: float | None  # only tokens whose change is greater
+    order: float  # of the norm
+    whole: bool  # the new reference is the whole frame, not only what was chosen
+
+
+class GateBackwardProblem(NamedTuple):
+    """The backward pass of a gate. A gradient that is None is zero."""
+
+    x: Tensor  # [B, N, C], or the residual sum where there was one
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    index: Tensor  # type: ignore[assignment]  # [B, K] what was chosen
+    whole: bool
+    first: bool  # there was no reference
+    grad_values: Tensor | None  # [B, K, C]
+    grad_delta: Tensor | None  # [B, K, C]
+    grad_reference: Tensor | None  # [B, N, C]
+    grad_total: Tensor | None  # [B, N, C]
+
+
+class GateGradients(NamedTuple):
+    """Where the backward pass of a gate puts its results; None where no gradient is wanted."""
+
+    x: Tensor | None  # [B, N, C]; the same for x and skip
+    reference: Tensor | None  # [B, N, C]
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None  # [C]
+
+
+class DeltaAttentionProblem(NamedTuple):
+    """One call of ``delta_attention`` after the door has checked it."""
+
+    query: Tensor  # [B, H, N, D], last dimension dense, any other strides (0 included)
+    key: Tensor  # [B, H, N, D]
+    value: Tensor  # [B, H, N, Dv]
+    index: Tensor | None  # type: ignore[assignment]  # [1|B, K] int32, tokens changed since the state, -1 = empty slot; None: all
+    rel_h: Tensor | None  # [B, H, N, gh], both or neither: added to the logits of row m // gw of the grid of cells
+    rel_w: Tensor | None  # [B, H, N, gw], of column m % gw
+    scale: float
+    paper: bool  # mode; the rest is for one of them
+    pooling: tuple[int, int, int, int] | None  # height and width of the token grid, height and width of a cell
+    guard: float
+    refresh: int  # each row has its turn at least every so many frames; 0: never
+    crossover: float
+    cast: torch.dtype | None  # paper: of probability and value; None: that of value
+
+
+class DeltaAttentionGradients(NamedTuple):
+    """Where the backward pass of ``delta_attention`` puts its results; None where no gradient is wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    rel_h: Tensor | None
+    rel_w: Tensor | None

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,23 +23,31 @@ class Triton:
     """A room's Triton kernels as a backend. Imported when first needed: the package works without triton."""
 
     def __init__(self, room: str) -> None:
+        self.room = room
         self._name = f"tokenops.triton.{room}"
+
+    def written(self) -> bool:
+        return find_spec(self._name) is not None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(import_module(self._name), name)
 
 
-def backends(room: str, native_cpu: Callable[[str], Any], reference: Any, objections: Callable[..., list[str]]) -> tuple[Backend, ...]:
+def backends(
+    room: str, native_cpu: Callable[[str], Any] | None, reference: Any, objections: Callable[..., list[str]]
+) -> tuple[Backend, ...]:
     """The backends of a room, in order of preference.
 
     Args:
-        native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one.
+        native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one. None: the room has none yet.
         objections: called with the problem (a tensor, or a tuple that begins with one): what no compiled kernel serves.
     """
     return (
         Backend("triton", Triton(room), partial(_triton_objections, Triton(room), objections)),
         *(
             Backend(f"cpu:{isa}" if isa else "cpu", native_cpu(isa), partial(_cpu_objections, isa, objections))
+            if native_cpu is not None
+            else Backend(f"cpu:{isa}" if isa else "cpu", None, lambda *problem, **request: [f"{room} has no C++ kernels yet"])
             for isa in ("", "avx512_bf16", "avx512", "avx2", "generic")
         ),
         Backend("reference", reference, lambda *problem, **request: []),
@@ -58,6 +67,8 @@ def _cpu_objections(isa: str, objections: Callable[..., list[str]], *problem: An
 
 
 def _triton_objections(triton: Triton, objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:
+    if not triton.written():
+        return [f"{triton.room} has no Triton kernels yet"]
     if _device_of(problem).type == "cpu" and not _INTERPRETED:
         return ["runs on a GPU, got CPU tensors"]
     try:

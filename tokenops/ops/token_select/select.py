@@ -66,7 +66,7 @@ def select_tokens(
     if not 1 <= score.dim() <= 3:
         raise ValueError(f"score must be [N] | [B, N] | [B, H, N], got {list(score.shape)}")
     tokens = score.shape[-1]
-    slots = _slots(tokens, k, fraction, threshold, max_k, strict)
+    slots = slots_of(tokens, k, fraction, threshold, max_k, strict)
     if not 0 <= protect <= min(slots, tokens):
         raise ValueError(f"protect must be in [0, {min(slots, tokens)}] (it counts within the slots of the list), got {protect}")
     # a call on small lists takes microseconds: where the lists have their form already, no view is made of them
@@ -77,7 +77,7 @@ def select_tokens(
     return TokenIndex(index, count)
 
 
-def _slots(tokens: int, k: int | None, fraction: float | None, threshold: float | None, max_k: int | None, strict: bool) -> int:
+def slots_of(tokens: int, k: int | None, fraction: float | None, threshold: float | None, max_k: int | None, strict: bool) -> int:
     """K: how many slots the lists have."""
     given = [name for name, value in (("k", k), ("fraction", fraction), ("threshold", threshold)) if value is not None]
     if len(given) != 1:

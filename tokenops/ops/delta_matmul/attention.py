@@ -1,0 +1,329 @@
+"""Attention on buffers of which a few rows changed: the operators and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenops.dispatch import choose
+from tokenops.ops.arguments import check_device, check_tensor, dense, refuse_forward_mode
+from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
+from tokenops.ops.delta_matmul.backends import BACKENDS
+from tokenops.ops.token_merge.arguments import under_autocast
+from tokenops.ops.token_select.pack import as_lists
+from tokenops.ops.wings import reads_contents
+from tokenops.reference import delta_matmul as reference
+from tokenops.types import DeltaAttentionGradients, DeltaAttentionProblem, DeltaGate, DeltaState, TokenIndex
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+# in the order of DeltaAttentionProblem
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? rel_h, Tensor? rel_w, float scale, bool paper, int[]? pooling, "
+    "float guard, int refresh, float crossover, ScalarType? cast"
+)
+_DIFFERENTIABLE = ("query", "key", "value", "rel_h", "rel_w")
+
+_library = torch.library.Library("tokenops", "FRAGMENT")
+# a part of the state that the mode does not have goes in as None and comes back as an empty tensor
+_library.define(
+    f"delta_attention({_PROBLEM}, {', '.join(f'Tensor? old_{name}' for name in DeltaState._fields)}, str? backend) -> "
+    f"(Tensor out, {', '.join(f'Tensor new_{name}' for name in DeltaState._fields)})",
+    tags=_TAGS,
+)
+# a gradient that is not wanted comes back as an empty tensor
+_library.define(
+    f"delta_attention_backward(Tensor grad_out, {_PROBLEM}, bool[] wanted, str? backend) -> "
+    f"({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
+    tags=_TAGS,
+)
+
+
+def delta_attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, Dv]
+    index: Tensor | TokenIndex | DeltaGate | None = None,
+    state: DeltaState | None = None,
+    *,
+    mode: str = "exact",
+    scale: float | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
+    pool: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+    guard: float = 1e-2,
+    refresh: int = 128,
+    crossover: float = 0.5,
+    cast: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, DeltaState]:  # out [B, H, N, Dv]
+    """Attention of all tokens to all tokens of a frame, by what changed since the frame before.
+
+    Mode "exact" is softmax attention on the buffers as they are. Each row carries the sums of its softmax; the terms of changed keys are
+    subtracted and added anew, and rows whose query changed are computed afresh. Mode "paper" is the published update: column j of the
+    attention matrix is that of the frame in which token j last changed, so rows of it need not sum to 1, and the matrix is the state.
+
+    Args:
+        query, key, value: the whole buffers, already updated. float32, bfloat16, float16 or float64; half types are computed in float32.
+        index: the tokens whose rows of query, key or value changed since ``state``: [B, K] per sample or [K] for all, int32 (int64
+            accepted), TokenIndex or DeltaGate. -1 marks an empty slot, anywhere in the list; ids in one list differ. All other rows must be
+            as they were: nobody looks. None: a first frame or a scene cut. Everything is computed afresh and ``state`` is not read.
+        state: what the call for the frame before returned.
+        scale: of the logits, default D ** -0.5.
+        rel_pos: (rel_h [B, H, N, gh], rel_w [B, H, N, gw]), of query's dtype or float32: rel_h[n, m // gw] + rel_w[n, m % gw] is added to
+            the logit of cell m of the grid of keys, gh x gw. Rows of tokens that did not change must be as they were.
+        pool: (ph, pw): keys and values are averages over cells of so many tokens of ``grid``. A changed token changes its cell.
+        grid: (h, w) of the tokens in rows, N = h w. Given if and only if pool is.
+        guard: exact: a row is computed afresh when its denominator falls under so much of the largest it has had since the last time.
+        refresh: exact: each row is computed afresh at least every so many frames; 0: never for that reason.
+        crossover: exact: a sample of which more than this part of the cells changed is computed afresh.
+        cast: paper: the dtype in which attention matrix and values are stored and multiplied. Default: that of value.
+        backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
+
+    Returns:
+        out, and the state for the next frame. Sums and statistics of the state are float32 (float64 with float64 tokens).
+
+    The gradient, in both modes, is that of dense attention on these buffers, in query, key, value and rel_pos, once; the state is constant,
+    and what came before reaches the gradient through the buffers. Under autocast query, key and value are cast. The reference computes
+    every row in every frame: it says what the numbers are and saves no work.
+
+    Source: M. Dutson et al., "Eventful Transformers", 2023, sections 4.2 and 4.3, for mode "paper"; mode "exact" is our own.
+
+    Raises:
+        ValueError: sizes, ranks or devices disagree (those of the state too: another model, frame size or batch), an index without a state,
+            a number out of its range; an id is out of range or repeated (checked on the CPU; on a GPU if TOKENOPS_CHECK=1).
+        TypeError: a dtype is wrong.
+        NotImplementedError: the named backend cannot serve the call, with its reasons; a forward-mode derivative is asked for.
+        RuntimeError: the result is differentiated twice.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 16, 8)
+    >>> out, state = tokenops.delta_attention(q, k, v)
+    >>> k[:, :, 3] += 1.0
+    >>> out, state = tokenops.delta_attention(q, k, v, torch.tensor([3]), state)
+    >>> torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    True
+    """
+    if mode not in ("exact", "paper"):
+        raise ValueError(f"mode must be 'exact' or 'paper', got {mode!r}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_grid(name, x, "[B, H, N, D]")
+    query, key, value = under_autocast(query), under_autocast(key), under_autocast(value)
+    batch, heads, tokens, width = query.shape
+    if width == 0:
+        raise ValueError(f"query must have a width of at least 1, got {list(query.shape)}")
+    check_like("key", key, (batch, heads, tokens, width), "[B, H, N, D]", "query", query)
+    check_like("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, N, Dv]", "query", query)
+    _check_numbers(mode, guard, refresh, crossover, cast)
+    pooling = _as_pooling(pool, grid, tokens)
+    cells = tokens if pooling is None else tokens // (pooling[2] * pooling[3])
+    rel_h, rel_w = _as_rel_pos(rel_pos, query, cells)
+    lists = None
+    parts: tuple[Tensor | None, ...] = (None,) * len(DeltaState._fields)
+    if index is not None:
+        if state is None:
+            raise ValueError("index must not be given without a state: in a first frame every token is new (index=None)")
+        lists = as_lists(plain_index(index), batch, "query", query)
+        parts = _checked_state(state, query, value, cells, mode, cast)
+    problem = DeltaAttentionProblem(
+        dense(query),
+        dense(key),
+        dense(value),
+        lists,
+        rel_h,
+        rel_w,
+        width**-0.5 if scale is None else float(scale),
+        mode == "paper",
+        pooling,
+        guard,
+        refresh,
+        crossover,
+        cast,
+    )
+    refuse_forward_mode(query, key, value, rel_h, rel_w)
+    out, *new = torch.ops.tokenops.delta_attention.default(*problem, *parts, backend)
+    has = _parts(problem.paper)
+    return out, DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, new, strict=True))
+
+
+def _parts(paper: bool) -> tuple[str, ...]:
+    """What the state of a mode consists of."""
+    return ("output", "value", "probability") if paper else ("output", "value", "key", "maximum", "total", "peak", "turn")
+
+
+def _check_numbers(mode: str, guard: float, refresh: int, crossover: float, cast: torch.dtype | None) -> None:
+    if not 0.0 <= guard < 1.0:
+        raise ValueError(f"guard must be in [0, 1), got {guard}")
+    if refresh < 0:
+        raise ValueError(f"refresh must not be negative, got {refresh}")
+    if not crossover >= 0.0:
+        raise ValueError(f"crossover must not be negative, got {crossover}")
+    if cast is not None and mode != "paper":
+        raise ValueError(f"cast goes with mode 'paper', got mode {mode!r}")
+    if cast not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"cast must be float32, bfloat16 or float16, got {cast}")
+
+
+def _as_pooling(pool: tuple[int, int] | None, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int, int, int] | None:
+    if (pool is None) != (grid is None):
+        raise ValueError(f"pool and grid go together, got pool={pool}, grid={grid}")
+    if pool is None or grid is None:
+        return None
+    for name, pair in (("pool", pool), ("grid", grid)):
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"{name} must be two positive numbers, got {tuple(pair)}")
+    (height, width), (pool_h, pool_w) = grid, pool
+    if height * width != tokens:
+        raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
+    if height % pool_h or width % pool_w:
+        raise ValueError(f"pool must divide grid {tuple(grid)}, got {tuple(pool)}")
+    return height, width, pool_h, pool_w
+
+
+def _as_rel_pos(rel_pos: tuple[Tensor, Tensor] | None, query: Tensor, cells: int) -> tuple[Tensor | None, Tensor | None]:
+    if rel_pos is None:
+        return None, None
+    if not isinstance(rel_pos, tuple) or len(rel_pos) != 2:
+        raise TypeError(f"rel_pos must be (rel_h, rel_w), got {type(rel_pos).__name__}")
+    for name, part in zip(("rel_h", "rel_w"), rel_pos, strict=True):
+        check_tensor(f"rel_pos: {name}", part)
+        allowed = {query.dtype} if query.dtype == torch.float64 else {query.dtype, torch.float32}
+        if part.dtype not in allowed:
+            raise TypeError(f"rel_pos: {name} must be {' or '.join(sorted(map(str, allowed)))}, got {part.dtype}")
+        if part.dim() != 4 or part.shape[:3] != query.shape[:3]:
+            raise ValueError(f"rel_pos: {name} must be [B, H, N, cells] = {[*query.shape[:3], '*']}, got {list(part.shape)}")
+        check_device(f"rel_pos: {name}", part, "query", query)
+    rel_h, rel_w = rel_pos
+    if rel_h.shape[3] * rel_w.shape[3] != cells:
+        raise ValueError(f"rel_pos must be for a grid of {cells} key cells, got {rel_h.shape[3]} x {rel_w.shape[3]}")
+    return dense(rel_h), dense(rel_w)
+
+
+def _shapes(query: Tensor, value: Tensor, cells: int, paper: bool, cast: torch.dtype | None) -> dict[str, tuple[Any, torch.dtype]]:
+    """Shape and dtype of each part of the state of a mode."""
+    batch, heads, tokens, width = query.shape
+    sums = torch.float64 if query.dtype == torch.float64 else torch.float32
+    stored = value.dtype if not paper or cast is None else cast
+    rows = (batch, heads, tokens)
+    every = {
+        "output": ((*rows, value.shape[3]), sums),
+        "value": ((batch, heads, cells, value.shape[3]), stored),
+        "key": ((batch, heads, cells, width), query.dtype),
+        "maximum": (rows, sums),
+        "total": (rows, sums),
+        "peak": (rows, sums),
+        "turn": ((), torch.int32),
+        "probability": ((*rows, cells), stored),
+    }
+    return {name: every[name] for name in _parts(paper)}
+
+
+def _checked_state(
+    state: DeltaState, query: Tensor, value: Tensor, cells: int, mode: str, cast: torch.dtype | None
+) -> tuple[Tensor | None, ...]:
+    if not isinstance(state, DeltaState):
+        raise TypeError(f"state must be a DeltaState, got {type(state).__name__}")
+    parts: dict[str, Tensor | None] = dict.fromkeys(DeltaState._fields)
+    for name, (shape, dtype) in _shapes(query, value, cells, mode == "paper", cast).items():
+        part = getattr(state, name)
+        if part is None:
+            raise ValueError(f"state must be of mode {mode!r}, got one without {name}")
+        check_tensor(f"state.{name}", part)
+        if part.dtype != dtype:
+            raise TypeError(f"state.{name} must be {dtype} with {query.dtype} query, got {part.dtype}")
+        if part.shape != shape:
+            raise ValueError(f"state.{name} must be {list(shape)} as query and value are, got {list(part.shape)}")
+        check_device(f"state.{name}", part, "query", query)
+        parts[name] = part.detach()
+    return tuple(parts.values())
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, state, backend = _split(arguments)
+    results = _allocate(*arguments)
+    chosen = choose("delta_attention", BACKENDS, backend, problem)
+    if problem.index is not None and reads_contents(problem.query.device, chosen.name):
+        reference.check_index(problem.index, problem.query.shape[2])
+    has = _parts(problem.paper)
+    new = DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, results[1:], strict=True))
+    if problem.query.numel() > 0:
+        chosen.run.attention(problem, state, results[0], new)
+    elif new.turn is not None:
+        new.turn.zero_()
+    return results
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[DeltaAttentionProblem, DeltaState | None, str | None]:
+    size = len(DeltaAttentionProblem._fields)
+    problem, old = DeltaAttentionProblem._make(arguments[:size]), DeltaState._make(arguments[size:-1])
+    return problem, None if old.output is None else old, arguments[-1]
+
+
+def _allocate(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, *_ = _split(arguments)
+    query, value = problem.query, problem.value
+    cells = query.shape[2]
+    if problem.pooling is not None:
+        cells = cells // (problem.pooling[2] * problem.pooling[3])
+    shapes = _shapes(query, value, cells, problem.paper, problem.cast)
+    parts = (
+        query.new_empty(shapes[name][0], dtype=shapes[name][1]) if name in shapes else query.new_empty((0,)) for name in DeltaState._fields
+    )
+    return query.new_empty(value.shape), *parts
+
+
+def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *given, wanted, backend = arguments
+    problem = DeltaAttentionProblem._make(given)
+    results = _allocate_gradients(grad_out, *arguments)
+    chosen = choose("delta_attention_backward", BACKENDS, backend, problem)
+    grads = DeltaAttentionGradients._make(grad if want else None for grad, want in zip(results, wanted, strict=True))
+    if problem.query.numel() > 0:
+        chosen.run.attention_backward(problem, dense(grad_out), grads)
+    return results
+
+
+def _allocate_gradients(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *given, wanted, _ = arguments
+    problem = DeltaAttentionProblem._make(given)._asdict()
+    return tuple(
+        problem[name].new_empty(problem[name].shape) if want else grad_out.new_empty((0,))
+        for name, want in zip(_DIFFERENTIABLE, wanted, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    problem, _, ctx.backend = _split(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.rest = problem[6:]
+    ctx.save_for_backward(problem.query, problem.key, problem.value, problem.rel_h, problem.rel_w)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if grad_out is not None:
+        query, key, value, rel_h, rel_w = ctx.saved_tensors
+        at = [DeltaAttentionProblem._fields.index(name) for name in _DIFFERENTIABLE]
+        wanted = [ctx.needs_input_grad[i] for i in at]
+        # dense attention: neither the index nor the state has a part in it
+        grads = torch.ops.tokenops.delta_attention_backward.default(
+            grad_out, query, key, value, None, rel_h, rel_w, *ctx.rest, wanted, ctx.backend
+        )
+        for i, want, grad in zip(at, wanted, grads, strict=True):
+            results[i] = grad if want else None
+    return tuple(results)
+
+
+def _refuse_double_backward(*_: Any) -> None:
+    raise RuntimeError("delta_attention cannot be differentiated twice: its backward pass has no gradient formula")
+
+
+for _name, _run, _fake in (
+    ("delta_attention", _forward, _allocate),
+    ("delta_attention_backward", _backward, _allocate_gradients),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tokenops::{_name}", _fake, lib=_library)
+torch.library.register_autograd("tokenops::delta_attention", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("tokenops::delta_attention_backward", _refuse_double_backward, lib=_library)

@@ -1,0 +1,106 @@
+"""Work on what changed since the last frame: the executable specification, and a backend.
+
+Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``gate`` (what changed), ``linear`` (layers on
+listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on. Here they serve as a backend: results
+go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head width, C channels, O output
+channels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenops.reference.delta_matmul.attention import dense as dense
+from tokenops.reference.delta_matmul.attention import dense_gradients as dense_gradients
+from tokenops.reference.delta_matmul.attention import exact as exact
+from tokenops.reference.delta_matmul.attention import paper as paper
+from tokenops.reference.delta_matmul.gate import check_gate as check_gate
+from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
+from tokenops.reference.delta_matmul.gate import gated as gated
+from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
+from tokenops.reference.delta_matmul.linear import projected as projected
+from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients
+from tokenops.reference.delta_matmul.rows import listed as listed
+from tokenops.reference.delta_matmul.rows import replaced as replaced
+from tokenops.reference.delta_matmul.rows import row_ids as row_ids
+from tokenops.reference.delta_matmul.rows import taken as taken
+from tokenops.reference.token_select import check_lists
+from tokenops.types import (
+    DeltaAttentionGradients,
+    DeltaAttentionProblem,
+    DeltaGate,
+    DeltaState,
+    GateBackwardProblem,
+    GateGradients,
+    GateProblem,
+    LinearGradients,
+    LinearProblem,
+)
+
+
+def attention(problem: DeltaAttentionProblem, state: DeltaState | None, out: Tensor, new: DeltaState) -> None:
+    """Fill out [B, H, N, Dv] and the new state."""
+    result, advanced = (paper if problem.paper else exact)(problem, state)
+    out.copy_(result)
+    for target, part in zip(new, advanced, strict=True):
+        if target is not None and part is not None:
+            target.copy_(part)
+
+
+def attention_backward(problem: DeltaAttentionProblem, grad_out: Tensor, grads: DeltaAttentionGradients) -> None:
+    for wanted, result in zip(grads, dense_gradients(problem, grad_out), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
+
+
+def gate(problem: GateProblem, new: DeltaGate) -> None:
+    """Fill the result; its reference may be the problem's own. Without a skip, its total is not filled."""
+    results = gated(problem, new.index.shape[1])
+    for name, target, result in zip(DeltaGate._fields, new, results, strict=True):
+        if name != "total" or problem.skip is not None:
+            target.copy_(result)
+
+
+def gate_backward(problem: GateBackwardProblem, grads: GateGradients) -> None:
+    for wanted, result in zip(grads, gate_gradients(problem), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
+
+
+def linear(problem: LinearProblem, out: Tensor) -> None:
+    """Fill out [B, K, O]."""
+    out.copy_(projected(problem))
+
+
+def linear_into(problem: LinearProblem, out: Tensor) -> None:
+    """Write the listed rows of out [B, N, O] and leave the others."""
+    ids = row_ids(problem.index, out.shape[0], out.shape[1])
+    sample, slot = (ids >= 0).nonzero(as_tuple=True)
+    out[sample, ids[sample, slot]] = projected(problem)[sample, slot]
+
+
+def linear_backward(problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
+    for wanted, result in zip(grads, projected_gradients(problem, grad_out), strict=True):
+        if wanted is not None and result is not None:
+            wanted.copy_(result)
+
+
+def update(buffer: Tensor, rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Fill out [B, N, C], which may be the buffer: the listed rows from ``rows`` [B, K, C], the others as they are."""
+    out.copy_(replaced(buffer, rows, row_ids(index, buffer.shape[0], buffer.shape[1])))
+
+
+def update_backward(grad_out: Tensor, index: Tensor, grad_buffer: Tensor | None, grad_rows: Tensor | None) -> None:
+    ids = row_ids(index, grad_out.shape[0], grad_out.shape[1])
+    if grad_buffer is not None:
+        grad_buffer.copy_(grad_out.masked_fill(listed(ids, grad_out.shape[1]).unsqueeze(-1), 0.0))
+    if grad_rows is not None:
+        grad_rows.copy_(taken(grad_out, ids))
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    """
+    Raises:
+        ValueError: an id out of range, or repeated within a list.
+    """
+    check_lists(index, rows, shared=False)
