@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import as_lists, check_device, check_in_place, check_overlap, check_tensor, dense, refuse_forward_mode, under_autocast
+from tokenops.ops.arguments import (
+    as_lists,
+    check_device,
+    check_in_place,
+    check_overlap,
+    check_tensor,
+    dense,
+    refuse_forward_mode,
+    under_autocast,
+)
 from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
 from tokenops.ops.wings import reads_contents
@@ -32,7 +41,7 @@ _library.define(
 )
 _library.define(
     f"delta_attention_({_PROBLEM}, "
-    f"{', '.join(f'Tensor({chr(97 + at)}!)? {name}' for at, name in enumerate(DeltaState._fields))}, str? backend) -> Tensor out",
+    f"{', '.join(f'Tensor({chr(97 + at)}!)? state_{name}' for at, name in enumerate(DeltaState._fields))}, str? backend) -> Tensor out",
     tags=_TAGS,
 )
 
