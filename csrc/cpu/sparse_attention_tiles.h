@@ -20,6 +20,10 @@ constexpr float kLazy = 8.f;
 int64_t query_vectors(int64_t queries) { return (queries + L - 1) / L; }
 // at least one block, so that a list without rows still gets its empty slots written
 int64_t query_blocks(int64_t queries) { return queries ? (query_vectors(queries) + kTileVectors - 1) / kTileVectors : 1; }
+// the first query of a block; vectors are dealt evenly
+int64_t block_start(int64_t queries, int64_t block) {
+  return smaller(query_vectors(queries) * block / query_blocks(queries) * L, queries);
+}
 
 // natural units to units of log2; a finite bias stays finite, so that a row of the lowest float is not an empty row
 TOKENOPS_INLINE float to_log2(float bias) {
@@ -173,10 +177,10 @@ template <class F>
 void for_query_blocks(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t first_block, int64_t last_block, F&& f) {
   int64_t before = 0;
   for (int64_t h = kv_head * p.group(); h < (kv_head + 1) * p.group(); ++h) {
-    const int64_t count = p.queries.at(s, h).count, blocks = query_blocks(count), vectors = query_vectors(count);
+    const int64_t count = p.queries.at(s, h).count, blocks = query_blocks(count);
     for (int64_t i = 0; i < blocks; ++i)
       if (before + i >= first_block && before + i < last_block)
-        f(h, vectors * i / blocks * L, smaller(vectors * (i + 1) / blocks * L, count));
+        f(h, block_start(count, i), block_start(count, i + 1));
     before += blocks;
   }
 }
