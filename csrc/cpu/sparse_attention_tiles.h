@@ -95,16 +95,35 @@ const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h
   return to;
 }
 
+// what rel_pos adds to the logits of a block of queries: height[row[key]][lane] + width[column[key]][lane], in units of log2. Or null.
+struct RelTerms {
+  const float *height = nullptr, *width = nullptr;
+  const int32_t *row = nullptr, *column = nullptr;
+
+  TOKENOPS_INLINE RelTerms from(int64_t key) const { return height ? RelTerms{height, width, row + key, column + key} : RelTerms{}; }
+};
+
 // S^T of one tile of keys in units of log2
 template <class Dot, int V, class Also = Nothing>
 TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes,
-                                float scale, const float* bias, const float* added, VecF<L> (&s)[kTileRows][V], Also&& also = {}) {
+                                float scale, const float* bias, const float* added, const RelTerms& rel, VecF<L> (&s)[kTileRows][V],
+                                Also&& also = {}) {
   clear<L>(s);
   multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s, also);
+  if (rel.height)
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
+    for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) s[r][v] *= scale;
+      for (int v = 0; v < V; ++v) {
+        // the sum with the scaled product is one instruction, as the scaling alone is
+        s[r][v] = s[r][v] * scale + load<L>(rel.width + (rel.column[r] * V + v) * L);
+        s[r][v] += load<L>(rel.height + (rel.row[r] * V + v) * L);
+      }
+  else
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) s[r][v] *= scale;
   if (bias)
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
