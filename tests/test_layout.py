@@ -16,7 +16,7 @@ PACKAGE = Path(tokenops.__file__).parent
 ROOT = PACKAGE.parent
 ROOMS = {"delta_matmul", "sparse_attention", "token_merge", "token_select"}
 # on their way: the reference serves, there is no C++ yet
-WITHOUT_CPP = {"delta_matmul"}
+WITHOUT_CPP: set[str] = set()
 # public names whose docstring has an example
 EXAMPLES = (
     "sparse_attention",

@@ -55,7 +55,9 @@ struct State {
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
     return t.mutable_data_ptr();
   }
-  float* rows(const char* name, const Tensor& t) const { return static_cast<float*>(part(name, t, ScalarType::Float, {batch, heads, tokens})); }
+  float* rows(const char* name, const Tensor& t) const {
+    return static_cast<float*>(part(name, t, ScalarType::Float, {batch, heads, tokens}));
+  }
 };
 
 int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor rows, OptionalTensor cells, OptionalTensor rel_h,

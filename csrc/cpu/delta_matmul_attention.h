@@ -16,12 +16,12 @@ struct DeltaLists {
 struct DeltaAttention {
   SparseAttention grids;  // query, key, value, out, rel_pos and scale; there is a key head for every query head
   int64_t tokens, cells;
-  bool first;  // nothing is known of the state
+  bool first;               // nothing is known of the state
   const DeltaLists* lists;  // [sample]
 
   // the state: dense, [sample, head, ...], [cell, width] and the like
-  float* output;     // [token, Dv]
-  float* maximum;    // [token], as are the next two
+  float* output;   // [token, Dv]
+  float* maximum;  // [token], as are the next two
   float* total;
   float* peak;
   void *old_key, *old_value;  // [cell, D] and [cell, Dv]; of the storage of the keys, of `stored`

@@ -18,8 +18,7 @@ void advance(const DeltaAttention& p, int64_t s, int64_t h, int64_t first, int64
   with_types(p.grids.storage, [&]<class T, class Dot>(Types<T, Dot>) { advance_rows<T, Dot>(p, s, h, first, last, packed, scratch); });
 }
 void afresh(const DeltaAttention& p, int64_t s, int64_t h, const RowList& rows, int64_t first, int64_t last, bool packed, char* scratch) {
-  with_types(p.grids.storage,
-             [&]<class T, class Dot>(Types<T, Dot>) { afresh_rows<T, Dot>(p, s, h, rows, first, last, packed, scratch); });
+  with_types(p.grids.storage, [&]<class T, class Dot>(Types<T, Dot>) { afresh_rows<T, Dot>(p, s, h, rows, first, last, packed, scratch); });
 }
 void publish(const DeltaAttention& p, int64_t s, int64_t h, int64_t first, int64_t last, bool packed, char* scratch) {
   with_types(p.grids.storage, [&]<class T, class Dot>(Types<T, Dot>) { publish_rows<T, Dot>(p, s, h, first, last, packed, scratch); });
@@ -30,7 +29,8 @@ void remember(const DeltaAttention& p, int64_t s, int64_t h) {
   const RowList& cells = p.lists[s].cells;
   const int64_t base = p.head(s, h) * p.cells;
   with_types(grids.storage, [&]<class T, class Dot>(Types<T, Dot>) {
-    const Rows<T> keys = rows_of<T>(grids.key, s, h, cells.row, cells.count), values = rows_of<T>(grids.value, s, h, cells.row, cells.count);
+    const Rows<T> keys = rows_of<T>(grids.key, s, h, cells.row, cells.count),
+                  values = rows_of<T>(grids.value, s, h, cells.row, cells.count);
     for (int64_t j = 0; j < cells.count; ++j) {
       const int64_t row = base + cells.row[j];
       if (p.old_key) memcpy((T*)p.old_key + row * grids.width, keys.at(j), grids.width * sizeof(T));

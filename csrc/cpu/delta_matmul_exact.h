@@ -31,7 +31,7 @@ struct KeyPanel {
     pack_rows<Dot>(rows, width, Rows<T>{key, key_row, list.row, list.count}, padded, p.width, Fill::last_row);
     if (value) pack_steps<Dot>(steps, value_width, Rows<T>{value, value_row, list.row, list.count}, padded, value_width);
     place.pack(p, list, 0, list.count);
-    for (int64_t j = 0; j < padded; ++j) bias[j] = j < list.count ? 0.f : -kInfinity;
+    pack_bias(bias, p, 0, 0, list.row, list.count, padded);
   }
 
   // `rel` may have been made for the places of another panel
@@ -153,8 +153,8 @@ void advance_rows(const DeltaAttention& p, int64_t s, int64_t h, int64_t first_b
   KeyPanel<Dot> gone(arena, grids, lists.cells.count), come(arena, grids, lists.cells.count);
   if (!packed) {
     const int64_t base = p.head(s, h) * p.cells;
-    gone.pack(grids, lists.cells, (const T*)p.old_key + base * grids.width, grids.width,
-              (const T*)p.old_value + base * grids.value_width, grids.value_width);
+    gone.pack(grids, lists.cells, (const T*)p.old_key + base * grids.width, grids.width, (const T*)p.old_value + base * grids.value_width,
+              grids.value_width);
     come.pack(grids, lists.cells, head_of<const T>(grids.key, s, h), grids.key.row, head_of<const T>(grids.value, s, h), grids.value.row);
   }
   for_blocks(lists.kept, first_block, last_block, [&](auto vectors, const int32_t* row, int64_t count) {

@@ -60,7 +60,7 @@ struct ChangedPanel {
       if (!p.first) to_floats(p.stored, element(p.old_value, p.stored, (base + list.row[j]) * width), gone + j * width, width);
     }
     place.pack(grids, list, 0, list.count);
-    for (int64_t j = 0; j < padded; ++j) bias[j] = j < list.count ? 0.f : -kInfinity;
+    pack_bias(bias, grids, 0, 0, list.row, list.count, padded);
   }
 };
 
@@ -100,8 +100,7 @@ struct PaperBlock {
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-          for (int v = 0; v < V; ++v)
-            store<L>(after + ((j + r) * V + v) * L, exp2<L, Dot::kExpDegree>(x[r][v] - sums.top[v]) * inverse[v]);
+          for (int v = 0; v < V; ++v) store<L>(after + ((j + r) * V + v) * L, exp2<L, Dot::kExpDegree>(x[r][v] - sums.top[v]) * inverse[v]);
       }
       for (int64_t j = 0; j < smaller(size, list.count - block); ++j) {
         float *now = after + j * lanes, *then = before + j * lanes;
