@@ -65,7 +65,7 @@ class NativeCPU(NamedTuple):
         code = torch.ops.tokenops.delta_matmul_cpu_gate_backward.default(*into, *problem, self._isa())
         explain("delta_gate_backward", code, partial(reference.check_index, problem.index, problem.x.shape[1]))
         for wanted, result in zip(grads[2:], into[2:], strict=True):
-            if wanted is not None and wanted is not result:
+            if wanted is not None and result is not None and wanted is not result:
                 wanted.copy_(result)
 
     def linear(self, problem: LinearProblem, out: Tensor) -> None:
