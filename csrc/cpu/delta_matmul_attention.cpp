@@ -10,6 +10,7 @@
 #include "../tensors.h"
 #include "call.h"
 #include "grid.h"
+#include "id_lists.h"
 #include "isa.h"
 #include "threads.h"
 
@@ -25,15 +26,13 @@ RowList list_of(const std::vector<int32_t>& rows) {
 }
 
 // the ids of one sample's list without its empty slots; false: an id out of range, or twice
-bool read_list(std::vector<int32_t>& to, const Tensor& index, int64_t sample, int64_t rows, std::vector<uint8_t>& seen) {
-  const int32_t* ids = index.const_data_ptr<int32_t>() + sample * broadcast_stride(index, 0);
-  seen.assign(rows, 0);
-  for (int64_t i = 0; i < index.size(1); ++i) {
-    const int32_t id = ids[i * index.stride(1)];
+bool read_list(std::vector<int32_t>& to, const IdLists& lists, int64_t sample, int64_t rows) {
+  Seen seen(rows, true);
+  for (int64_t j = 0; j < lists.slots; ++j) {
+    const int64_t id = lists.at(sample, j);
     if (id == -1) continue;
-    if (id < 0 || id >= rows || seen[id]) return false;
-    seen[id] = 1;
-    to.push_back(id);
+    if (id < 0 || id >= rows || seen.again(id, 0)) return false;
+    to.push_back(static_cast<int32_t>(id));
   }
   return true;
 }
@@ -119,19 +118,12 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
     p.peak = state.rows("state.peak", *peak);
     state.part("state.turn", *turn, ScalarType::Int, {});
   }
-  for (const OptionalTensor* list : {&rows, &cells})
-    if (*list) {
-      check_rank("index", **list, 2);
-      check_dtype("index", **list, ScalarType::Int);
-      check_broadcast("index", **list, 0, batch);
-    }
-
   // nothing is written before all lists are known to be in order
   const int64_t slice = paper || refresh <= 0 ? 0 : (tokens + refresh - 1) / refresh, turns = slice ? (tokens + slice - 1) / slice : 0;
-  const int64_t now = p.first || paper ? 0 : *turn->const_data_ptr<int32_t>();
+  // a turn out of range is none: a smaller slice may be asked for than in the frame before
+  const int64_t now = p.first || paper ? 0 : std::clamp<int64_t>(*turn->const_data_ptr<int32_t>(), 0, turns);
   std::vector<Lists> lists(batch);
   std::vector<DeltaLists> loop_lists(batch);
-  std::vector<uint8_t> fresh, seen;
   int64_t most_changed = 0;
   for (int64_t s = 0; s < batch; ++s) {
     Lists& of = lists[s];
@@ -144,9 +136,12 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
       of.afresh = of.rows;
     } else {
       std::vector<int32_t> changed;
-      if (!read_list(of.cells, *cells, s, keys, seen) || !read_list(changed, *rows, s, tokens, fresh)) return kBadContents;
-      const bool all = static_cast<double>(of.cells.size()) > crossover * static_cast<double>(keys);
-      for (int64_t row = 0; row < tokens; ++row) (all || fresh[row] || (slice && row / slice == now) ? of.afresh : of.kept).push_back(row);
+      if (!read_list(of.cells, IdLists(*cells, batch), s, keys) || !read_list(changed, IdLists(*rows, batch), s, tokens))
+        return kBadContents;
+      std::vector<uint8_t> fresh(tokens, static_cast<double>(of.cells.size()) > crossover * static_cast<double>(keys));
+      for (const int32_t row : changed) fresh[row] = 1;
+      for (int64_t row = now * slice; row < std::min((now + 1) * slice, tokens); ++row) fresh[row] = 1;
+      for (int64_t row = 0; row < tokens; ++row) (fresh[row] ? of.afresh : of.kept).push_back(static_cast<int32_t>(row));
     }
     loop_lists[s] = {list_of(of.rows), list_of(of.kept), list_of(of.cells), list_of(of.every)};
     most_changed = std::max(most_changed, loop_lists[s].cells.count);
