@@ -94,6 +94,8 @@ class AttentionProblem(NamedTuple):
     kv_index: Tensor | None  # [1|B, 1|Hkv, L] int32, rows of the key grid, -1 = empty slot
     kv_bias: Tensor | None  # [1|B, 1|Hkv, M] float32 (float64 with float64 inputs)
     attn_mask: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M] bool (True = visible) or floating (added to the logits)
+    rel_h: Tensor | None  # [B, Hq, N, gh], both or neither: added to the logits of keys in row r // gw of the key grid
+    rel_w: Tensor | None  # [B, Hq, N, gw] in column r % gw. r = m, gh gw = M; in a packed call r is the rank in the sequence's list
     is_causal: bool  # m <= n in grid rows; in a packed call by rank within the sequence's list
     scale: float
     dropout_p: float
@@ -112,6 +114,8 @@ class AttentionGradients(NamedTuple):
     value: Tensor | None  # [B, Hkv, M, Dv]
     kv_bias: Tensor | None  # [B, Hkv, M] in kv_bias's dtype; the door sums it down to kv_bias's own shape
     attn_mask: Tensor | None  # attn_mask's own (broadcastable) shape
+    rel_h: Tensor | None  # [B, Hq, N, gh] in rel_h's dtype, zero in rows that were not computed
+    rel_w: Tensor | None  # [B, Hq, N, gw]
 
 
 class Window(NamedTuple):
