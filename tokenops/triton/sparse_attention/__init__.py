@@ -136,9 +136,12 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
     batch, heads, rows, _ = problem.query.shape
     height, width = inputs["gh"], inputs["gw"]
     for grad in (grad_h, grad_w):
-        if grad is not None and (problem.q_index is not None or height * width == 0):
-            # rows that no slot names
+        if grad is not None and (problem.q_index is not None or grad.shape[3] == 1):
+            # rows that no slot names; and what all keys of a query have in common, its softmax does not know of
             grad.zero_()
+    grad_h, grad_w = (None if grad is None or grad.shape[3] == 1 else grad for grad in (grad_h, grad_w))
+    if grad_h is None and grad_w is None:
+        return
     kv_index, listed = problem.kv_index, None
     if kv_index is not None and problem.cu_seqlens_k is None:
         listed = _listed_keys(kv_index, problem.key.shape[2])
@@ -165,7 +168,7 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
         blocks=blocks,
         chunks=chunks,
     )
-    if parts is not None and grad_h is not None and chunks > 1:
+    if parts is not None and grad_h is not None and chunks != 1:
         grad_h.copy_(parts.sum(0))
 
 
