@@ -48,6 +48,22 @@ def as_int32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
+def as_lists(index: Tensor | TokenIndex, samples: int | None, other_name: str, other: Tensor) -> Tensor:
+    """[1|B, K] int32 from [K] | [B, K]."""
+    if isinstance(index, TokenIndex):
+        index = index.index
+    check_tensor("index", index)
+    if index.dtype == torch.bool:
+        raise TypeError("index must hold row ids (int32 or int64), got a bool mask: tokenops.index_from_mask makes an index of it")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    fits = index.dim() == 2 and (samples is None or index.shape[0] in (1, samples))
+    if index.dim() != 1 and not fits:
+        raise ValueError(f"index must be [K] | [{'B' if samples is None else samples}, K], got {list(index.shape)}")
+    check_device("index", index, other_name, other)
+    return dense(as_int32(index if index.dim() == 2 else index.unsqueeze(0)))
+
+
 def as_bounds(name: str, bounds: Tensor, other_name: str, other: Tensor) -> Tensor:
     """[S + 1] int32."""
     check_tensor(name, bounds)
@@ -129,6 +145,15 @@ def as_rel_pos(
 def dense(x: Tensor) -> Tensor:
     """The last dimension without gaps, as kernels read it. For lists and bias vectors: a grid is never copied."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as it treats the inputs of matrix products."""
+    kind = x.device.type
+    # meta tensors, for one, know no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def check_in_place(name: str, target: Tensor, inputs: Iterable[object], instead: str) -> None:
