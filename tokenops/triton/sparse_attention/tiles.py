@@ -36,9 +36,9 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
         256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(32, 32, 4, 3)),
     },
     ("backward_query", 2): {
-        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 4, 2)),
+        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 8, 2)),
         128: Rows(plain=Tiles(64, 64, 8, 3), biased=Tiles(64, 64, 8, 3), masked=Tiles(64, 32, 4, 3)),
-        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 32, 8, 3)),
+        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 16, 8, 2)),
     },
     ("backward_key_value", 2): {
         64: Rows(plain=Tiles(32, 128, 8, 3), biased=Tiles(32, 128, 8, 2), masked=Tiles(16, 64, 8, 2)),
@@ -53,7 +53,7 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     ("backward_query", 4): {
         64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 8, 2), masked=Tiles(32, 16, 4, 2)),
-        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_key_value", 4): {
