@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, dot_precision, interpreting, launch, shared_memory
+from tokenops.triton.launch import device_objections, dot_precision, grid_strides, interpreting, launch, shared_memory, strides_of
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -188,11 +188,11 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
     if mask is not None and mask.dtype == torch.bool:
         # the same bytes under a type that every Triton loads alike
         mask = mask.view(torch.uint8)
-    mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
+    mask_strides = (0, 0, 0, 0) if mask is None else strides_of(mask)
     rel_h, rel_w = (None if x is None else _dense(x) for x in (problem.rel_h, problem.rel_w))
-    rel_strides = tuple((0, 0, 0) if x is None else _strides(x)[:3] for x in (rel_h, rel_w))
+    rel_strides = tuple((0, 0, 0) if x is None else strides_of(x)[:3] for x in (rel_h, rel_w))
     reaches = [query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3], *(query.shape[2] * rows[2] for rows in rel_strides)]
-    unit, (query_strides, key_strides, value_strides, *other_strides) = _row_strides(query, key, value, *others)
+    unit, (query_strides, key_strides, value_strides, *other_strides) = grid_strides(query, key, value, *others)
     block_d, block_dv = pad_heads(query.shape[-1], value.shape[-1])
     inputs = {
         "query": query,
@@ -271,24 +271,8 @@ def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: A
     launch(kernel, programs, on, **arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides under which an axis of length 1 broadcasts."""
-    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-
-
 def _list_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else _strides(tensor)[:2]
-
-
-def _row_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
-    """Batch, head and row strides of every tensor, and the unit they are counted in.
-
-    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it.
-    """
-    strides = [(0, 0, 0) if tensor is None else _strides(tensor)[:3] for tensor in tensors]
-    if any(stride % 8 for three in strides for stride in three):
-        return 1, strides
-    return 8, [(batch // 8, head // 8, row // 8) for batch, head, row in strides]
+    return (0, 0) if tensor is None else strides_of(tensor)[:2]
 
 
 def _dense(tensor: Tensor) -> Tensor:
