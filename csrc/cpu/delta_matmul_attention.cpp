@@ -120,8 +120,8 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
   }
   // nothing is written before all lists are known to be in order
   const int64_t slice = paper || refresh <= 0 ? 0 : (tokens + refresh - 1) / refresh, turns = slice ? (tokens + slice - 1) / slice : 0;
-  // a turn out of range is none: a smaller slice may be asked for than in the frame before
-  const int64_t now = p.first || paper ? 0 : std::clamp<int64_t>(*turn->const_data_ptr<int32_t>(), 0, turns);
+  // a turn out of range is nobody's: another `refresh` may be asked for than in the frame before
+  const int64_t now = p.first || paper ? 0 : *turn->const_data_ptr<int32_t>();
   std::vector<Lists> lists(batch);
   std::vector<DeltaLists> loop_lists(batch);
   int64_t most_changed = 0;
@@ -140,7 +140,7 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
         return kBadContents;
       std::vector<uint8_t> fresh(tokens, static_cast<double>(of.cells.size()) > crossover * static_cast<double>(keys));
       for (const int32_t row : changed) fresh[row] = 1;
-      for (int64_t row = now * slice; row < std::min((now + 1) * slice, tokens); ++row) fresh[row] = 1;
+      for (int64_t row = std::max<int64_t>(now, 0) * slice; row < std::min((now + 1) * slice, tokens); ++row) fresh[row] = 1;
       for (int64_t row = 0; row < tokens; ++row) (fresh[row] ? of.afresh : of.kept).push_back(static_cast<int32_t>(row));
     }
     loop_lists[s] = {list_of(of.rows), list_of(of.kept), list_of(of.cells), list_of(of.every)};
