@@ -85,7 +85,7 @@ import torch
 from tokenops.triton import sparse_attention
 from tokenops.types import AttentionProblem
 grid = torch.zeros(1, 1, 2, 8)
-problem = AttentionProblem(grid, grid, grid, *[None] * 4, False, 1.0, 0.0, *[None] * 5)
+problem = AttentionProblem(grid, grid, grid, *[None] * 6, False, 1.0, 0.0, *[None] * 5)
 print(sparse_attention.objections(problem))
 """
     ran = subprocess.run(

@@ -55,6 +55,8 @@ class Attention(NamedTuple):
             kv_index=index,
             kv_bias=meta(batch, 4, self.rows) if self.bias else None,
             attn_mask=None if self.mask is None else meta(1, 1, self.rows, self.rows, dtype=self.mask),
+            rel_h=None,
+            rel_w=None,
             is_causal=self.causal,
             scale=0.125,
             dropout_p=0.0,
@@ -82,7 +84,7 @@ class Attention(NamedTuple):
         if not self.by_row:
             bias = meta(*problem.key.shape[:3]) if self.bias else None
             grads = AttentionGradients(
-                torch.empty_like(problem.query), torch.empty_like(problem.key), torch.empty_like(problem.value), bias, None
+                torch.empty_like(problem.query), torch.empty_like(problem.key), torch.empty_like(problem.value), bias, None, None, None
             )
             launchers.backward(problem, out, out, lse, grads)
 

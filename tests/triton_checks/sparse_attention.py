@@ -196,6 +196,8 @@ def _backward(problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Ten
         torch.empty_like(problem.value),
         None if problem.kv_bias is None else torch.empty(problem.key.shape[:3]),
         None,
+        None,
+        None,
     )
     triton_attention.backward(problem, torch.ones_like(out) if grad_out is None else grad_out, out, lse, grads)
     return [grad for grad in grads if grad is not None]
@@ -220,7 +222,9 @@ def only_wanted_gradients_are_computed() -> None:
     everything = dict(zip(("query", "key", "value", "kv_bias"), _backward(problem, out, lse), strict=True))
     for wanted in itertools.chain.from_iterable(itertools.combinations(everything, n) for n in (1, 2, 3)):
         grads = {name: torch.empty_like(grad) if name in wanted else None for name, grad in everything.items()}
-        triton_attention.backward(problem, torch.ones_like(out), out, lse, AttentionGradients(**grads, attn_mask=None))
+        triton_attention.backward(
+            problem, torch.ones_like(out), out, lse, AttentionGradients(**grads, attn_mask=None, rel_h=None, rel_w=None)
+        )
         for name in wanted:
             assert torch.equal(grads[name], everything[name]), (wanted, name)
 

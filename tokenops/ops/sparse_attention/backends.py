@@ -63,6 +63,8 @@ def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[
             reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
     if problem.dropout_p > 0.0:
         reasons.append("dropout is served by the reference only")
+    if problem.rel_h is not None:
+        reasons.append("rel_pos is served by the reference only")
     if "attn_mask" in needs:
         reasons.append("the gradient of attn_mask is served by the reference only")
     return reasons

@@ -11,9 +11,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenops.reference.delta_matmul.attention import dense as dense
-from tokenops.reference.delta_matmul.attention import dense_gradients as dense_gradients
 from tokenops.reference.delta_matmul.attention import exact as exact
 from tokenops.reference.delta_matmul.attention import paper as paper
+from tokenops.reference.delta_matmul.attention import pooled as pooled
+from tokenops.reference.delta_matmul.attention import pooled_index as pooled_index
+from tokenops.reference.delta_matmul.attention import rotation as rotation
 from tokenops.reference.delta_matmul.gate import check_gate as check_gate
 from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
 from tokenops.reference.delta_matmul.gate import gated as gated
@@ -26,7 +28,6 @@ from tokenops.reference.delta_matmul.rows import row_ids as row_ids
 from tokenops.reference.delta_matmul.rows import taken as taken
 from tokenops.reference.token_select import check_lists
 from tokenops.types import (
-    DeltaAttentionGradients,
     DeltaAttentionProblem,
     DeltaGate,
     DeltaState,
@@ -38,19 +39,17 @@ from tokenops.types import (
 )
 
 
-def attention(problem: DeltaAttentionProblem, state: DeltaState | None, out: Tensor, new: DeltaState) -> None:
-    """Fill out [B, H, N, Dv] and the new state."""
-    result, advanced = (paper if problem.paper else exact)(problem, state)
+def attention(problem: DeltaAttentionProblem, state: DeltaState, out: Tensor) -> None:
+    """Fill out [B, H, N, Dv] and bring the state, of which nothing is known in a first frame, up to this frame."""
+    old = None if problem.rows is None else state
+    if state.probability is None:
+        result, new = exact(problem, old)
+    else:
+        result, new = paper(problem, old, state.probability.dtype)
     out.copy_(result)
-    for target, part in zip(new, advanced, strict=True):
-        if target is not None and part is not None:
-            target.copy_(part)
-
-
-def attention_backward(problem: DeltaAttentionProblem, grad_out: Tensor, grads: DeltaAttentionGradients) -> None:
-    for wanted, result in zip(grads, dense_gradients(problem, grad_out), strict=True):
-        if wanted is not None and result is not None:
-            wanted.copy_(result)
+    for part, advanced in zip(state, new, strict=True):
+        if part is not None and advanced is not None:
+            part.copy_(advanced)
 
 
 def gate(problem: GateProblem, new: DeltaGate) -> None:
