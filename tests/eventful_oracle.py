@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Oracle:
-    """One block on one sample. ``chosen``: the lists of the three gates in the last frame; ``margin``: how clear the choices were so far."""
+    """One block on one sample. ``chosen``: the lists of the three gates in the last frame; ``margin``: how clear choices were so far."""
 
     def __init__(self, weights: Weights, options: Options) -> None:
         self.weights = {name: x.double() for name, x in weights.items()}
