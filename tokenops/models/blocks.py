@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,14 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
-        return self.proj(merge_heads(sparse_attention(*self.heads(self.qkv(x)))))
+        return self.proj(attend(*self.heads(self.qkv(x))))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # [B, H, N, D] -> [B, N, H D]
+    """``sparse_attention`` with its heads merged."""
+    out = sparse_attention(query, key, value, **options)
+    assert isinstance(out, Tensor)
+    return merge_heads(out)
 
 
 def merge_heads(x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, N, H D]
