@@ -71,11 +71,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, owner: Tensor | None = None, owners: int = 0) -> Tensor:
+        """x [B, ...], sample by sample. Or rows [R, ...] of several samples, with ``owner`` [R] naming each row's, out of so many."""
         if not self.training or self.p == 0.0:
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.p
-        return x * kept / (1.0 - self.p)
+        kept = torch.rand(x.shape[0] if owner is None else owners, device=x.device) >= self.p
+        if owner is not None:
+            kept = kept[owner]
+        return x * kept.view(-1, *[1] * (x.dim() - 1)) / (1.0 - self.p)
 
 
 class Block(nn.Module):
