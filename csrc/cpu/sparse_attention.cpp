@@ -9,6 +9,7 @@
 
 #include "../tensors.h"
 #include "call.h"
+#include "grid.h"
 #include "isa.h"
 #include "row_lists.h"
 #include "threads.h"
@@ -25,17 +26,6 @@ Mask mask_of(const Tensor& t) {
     case Storage::f16: return Mask::f16;
   }
   return Mask::none;
-}
-
-Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, bool packed) {
-  check_rank(name, t, 4);
-  check_dtype(name, t, dtype);
-  check_size(name, t, 0, batch);
-  check_size(name, t, 1, heads);
-  check_size(name, t, 2, rows);
-  check_size(name, t, 3, width);
-  check_dense_rows(name, t);
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // one call: the problem as the loops see it, and what its pointers point into

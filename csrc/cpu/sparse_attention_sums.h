@@ -8,7 +8,7 @@ namespace tokenops {
 namespace TOKENOPS_ISA {
 namespace {
 
-enum class Terms { added, subtracted };
+enum class Terms { added, subtracted, counted };  // counted: no values, only maximum and total
 
 template <class Dot, int V>
 struct RowSums {
@@ -40,6 +40,7 @@ struct RowSums {
     const int64_t scalars = width / Dot::kPerScalar;
     int64_t pending = 0;  // weights from here on are not in the sums yet
     auto flush = [&](int64_t end) {
+      if constexpr (kTerms == Terms::counted) return;
       multiply_block<Dot, L, V>(steps + pending / Dot::kPerScalar * sums.value_width, 1, sums.value_width,
                                 sums.weights + pending / Dot::kPerScalar * lanes, lanes, (end - pending) / Dot::kPerScalar, sums.values,
                                 lanes, sums.value_width);
