@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tokenops.triton.delta_matmul.gate import gate as gate
 from tokenops.triton.delta_matmul.gate import gate_backward as gate_backward
+from tokenops.triton.delta_matmul.linear import linear as linear
+from tokenops.triton.delta_matmul.linear import linear_backward as linear_backward
+from tokenops.triton.delta_matmul.linear import linear_into as linear_into
 from tokenops.triton.delta_matmul.rows import update as update
 from tokenops.triton.delta_matmul.rows import update_backward as update_backward
 from tokenops.triton.launch import device_objections
