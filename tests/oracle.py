@@ -15,7 +15,7 @@ from tokenops.types import AttentionProblem
 
 # ||a - b|| <= tolerance (||b|| + 0.01 sqrt(numel)): for every result, backend and gradient
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-DIFFERENTIABLE = ("query", "key", "value", "kv_bias")
+DIFFERENTIABLE = ("query", "key", "value", "kv_bias", "rel_h", "rel_w")
 # arguments of the call that say how it is run, not what it computes
 HOW = ("return_aux", "out", "backend")
 
@@ -47,8 +47,20 @@ def is_packed(call: Call) -> bool:
     return "cu_seqlens_q" in call
 
 
+def by_tensor(call: Call) -> Call:
+    """rel_pos as two entries, rel_h and rel_w, so that every tensor of the call has a name."""
+    rest = {name: x for name, x in call.items() if name != "rel_pos"}
+    return rest if call.get("rel_pos") is None else {**rest, "rel_h": call["rel_pos"][0], "rel_w": call["rel_pos"][1]}
+
+
+def arguments(call: Call) -> Call:
+    """The other way round: as the public functions take it."""
+    rest = {name: x for name, x in call.items() if name not in ("rel_h", "rel_w")}
+    return {**rest, "rel_pos": (call["rel_h"], call["rel_w"])} if "rel_h" in call else rest
+
+
 def problem_of(call: Call) -> AttentionProblem:
-    call = {name: value for name, value in call.items() if name not in HOW}
+    call = {name: value for name, value in arguments(call).items() if name not in HOW}
     return (as_packed_problem(**call) if is_packed(call) else as_problem(**call))[0]
 
 
@@ -60,7 +72,7 @@ def objections(backend: str, call: Call, needs: tuple[str, ...] = ()) -> list[st
 
 def expected(call: Call, grad_out: Tensor | None, wanted: tuple[str, ...] = DIFFERENTIABLE) -> Results:
     """By autograd through the definition, in float64."""
-    call = {name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in call.items()}
+    call = {name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in by_tensor(call).items()}
     leaves = {name: call[name].requires_grad_() for name in wanted if call.get(name) is not None}
     out, lse, row_sq = reference.attention(problem_of(call))
     if is_packed(call):
@@ -76,9 +88,10 @@ def expected(call: Call, grad_out: Tensor | None, wanted: tuple[str, ...] = DIFF
 def computed(call: Call, grad_out: Tensor | None, backend: str | None, wanted: tuple[str, ...] = DIFFERENTIABLE) -> Results:
     """By the public function."""
     run = tokenops.sparse_attention_varlen if is_packed(call) else tokenops.sparse_attention
+    call = by_tensor(call)
     # detach keeps the memory layout, which is part of the case
     leaves = {name: call[name].detach().requires_grad_(grad_out is not None) for name in wanted if call.get(name) is not None}
-    out, aux = run(**{**call, **leaves}, return_aux=("lse", "row_sq"), backend=backend)
+    out, aux = run(**arguments({**call, **leaves}), return_aux=("lse", "row_sq"), backend=backend)
     grads = {}
     if grad_out is not None:
         grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
@@ -87,6 +100,7 @@ def computed(call: Call, grad_out: Tensor | None, backend: str | None, wanted: t
 
 def assert_right(call: Call, backend: str | None, grad_out: Tensor | None = None, seed: int = 1) -> Results:
     """Output, statistics and every gradient of one call on one backend are those of the definition. Returns what was computed."""
+    call = by_tensor(call)
     dtype, device = call["query"].dtype, call["query"].device
     if grad_out is None:
         shape = expected(call, None).out.shape

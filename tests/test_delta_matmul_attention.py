@@ -33,7 +33,7 @@ def frames_of(
     heads: int = 3,
     grid: tuple[int, int] = (4, 6),
     width: int = 8,
-    value_width: int = 5,
+    value_width: int = 16,
     *,
     slots: int = 7,
     rel: tuple[int, int] | None = None,
@@ -246,7 +246,7 @@ def test_paper_is_the_published_update(name: str, backend: str, device: str) -> 
                         kept[sample, :, :, cell] = attention[sample, :, :, cell]
         assert_close("out", out, kept @ value, torch.float32)
         assert state.probability is not None
-        assert_close("probability", state.probability, kept, torch.float32)
+        assert_close("probability", state.probability.mT, kept, torch.float32)
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
@@ -259,7 +259,7 @@ def test_paper_stores_what_cast_says(cast: torch.dtype, backend: str, device: st
     assert state.output.dtype == out.dtype == torch.float32
     assert_close("out", out, want, cast)
     # the sum of changes is what it stands for: nothing is lost from frame to frame
-    assert_close("out", out, state.probability.double() @ state.value.double(), torch.float32)
+    assert_close("out", out, state.probability.mT.double() @ state.value.double(), torch.float32)
 
 
 # both
@@ -297,6 +297,44 @@ def test_samples_do_not_know_of_each_other(mode: str, name: str, backend: str, d
         alone = [only(frame, sample) for frame in frames]
         for (out, _), (one, _) in zip(together, run(alone, backend, mode=mode, **options), strict=True):
             assert_close("out", out[sample : sample + 1], one.double(), torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_in_place_is_the_same(mode: str, name: str, backend: str, device: str) -> None:
+    frames, options = case(name, 5, device=device)
+    [(_, state), *later] = run(frames, backend, mode=mode, **options)
+    for frame, (want, new) in zip(frames[1:], later, strict=True):
+        assert frame.index is not None
+        out = tokenops.delta_attention_(
+            frame.query, frame.key, frame.value, frame.index, state, rel_pos=frame.rel, **options, backend=backend
+        )
+        assert torch.equal(out, want)
+        for part, a, b in zip(DeltaState._fields, state, new, strict=True):
+            assert a is b is None or torch.equal(a, b), part
+
+
+def test_in_place_keeps_the_cast(backend: str, device: str) -> None:
+    frames = frames_of(2, device=device)
+    [(_, state), (want, _)] = run(frames, backend, mode="paper", cast=torch.float16)
+    second = frames[1]
+    assert second.index is not None
+    assert torch.equal(tokenops.delta_attention_(second.query, second.key, second.value, second.index, state, backend=backend), want)
+
+
+def test_in_place_says_what_it_cannot_do() -> None:
+    _, state = tokenops.delta_attention(X, X, X)
+    with pytest.raises(RuntimeError, match=r"state.output is written in place and has no gradient: .* use delta_attention"):
+        tokenops.delta_attention_(X.clone().requires_grad_(), X, X, AT, state)
+    with pytest.raises(TypeError, match=r"index must list the tokens that changed, got None"):
+        tokenops.delta_attention_(X, X, X, None, state)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"state must be a DeltaState, got NoneType"):
+        tokenops.delta_attention_(X, X, X, AT, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"state.value must not share memory with query"):
+        tokenops.delta_attention_(X, X, X, AT, state._replace(value=X))
+    turned = torch.ones(2, 3, 4, 6).mT
+    with pytest.raises(ValueError, match=r"state.output must be contiguous to be written over"):
+        tokenops.delta_attention_(X, X, X, AT, state._replace(output=turned))
 
 
 def test_the_state_is_small(backend: str, device: str) -> None:
@@ -353,15 +391,16 @@ def test_the_definition_passes_gradcheck() -> None:
     rel = [normal(1, 2, 8, w, dtype=torch.float64, seed=w).requires_grad_() for w in (1, 2)]
 
     def run(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-        return reference.dense(DeltaAttentionProblem(query, key, value, None, rel_h, rel_w, 0.7, False, (2, 4, 2, 2), 0.0, 0, 1.0, None))
+        key, value = (reference.pooled(x, (2, 4), (2, 2)) for x in (key, value))
+        return reference.dense(DeltaAttentionProblem(query, key, value, None, None, rel_h, rel_w, 0.7, 0.0, 0, 1.0))
 
     assert torch.autograd.gradcheck(run, (query, key, value, *rel))
 
 
 def test_gradients_flow_from_frame_to_frame_through_the_buffers(backend: str, device: str) -> None:
     """A token that did not change reaches the second frame's loss through the buffer it still stands in."""
-    grid = normal(1, 1, 6, 4, device=device).requires_grad_()
-    rows = normal(1, 1, 4, device=device, seed=1).requires_grad_()
+    grid = normal(1, 1, 6, 8, device=device).requires_grad_()
+    rows = normal(1, 1, 8, device=device, seed=1).requires_grad_()
     index = torch.tensor([2], device=device)
     first, state = tokenops.delta_attention(grid, grid, grid, backend=backend)
     buffer = tokenops.update_tokens(grid.squeeze(1), rows, index=index, backend=backend).unsqueeze(1)
@@ -382,17 +421,21 @@ def test_gradients_flow_from_frame_to_frame_through_the_buffers(backend: str, de
 def test_passes_opcheck(mode: str, name: str, backend: str, device: str) -> None:
     frames, options = case(name, 2, device=device)
     [(_, state)] = run(frames[:1], backend, mode=mode, **options)
-    pool = options.get("pool")
-    last = frames[1]
-    rest = (0.3, mode == "paper", [4, 6, *pool] if pool else None, 1e-2, 8, 0.5, None)
-    leaves = [x.clone().requires_grad_() for x in last[:3]]
+    last, pool = frames[1], options.get("pool")
+    key, value, cells = last.key, last.value, last.index
+    if pool:
+        assert last.index is not None
+        key, value = (reference.pooled(x, options["grid"], pool) for x in (key, value))
+        cells = reference.pooled_index(last.index, options["grid"], pool)
+    numbers = (0.3, 1e-2, 8, 0.5)
+    leaves = [x.clone().requires_grad_() for x in (last.query, key, value)]
     rel = [x.clone().requires_grad_() for x in last.rel] if last.rel else [None, None]
-    opcheck(ops.delta_attention.default, (*leaves, last.index, *rel, *rest, *state, backend))
-    opcheck(ops.delta_attention.default, (*leaves, None, *rel, *rest, *[None] * len(state), backend))
-    wanted = [True, False, True, last.rel is not None, False]
+    how = (mode == "paper", None)
+    opcheck(ops.delta_attention.default, (*leaves, last.index, cells, *rel, *numbers, *how, *state, backend))
+    opcheck(ops.delta_attention.default, (*leaves, None, None, *rel, *numbers, *how, *[None] * len(state), backend))
     opcheck(
-        ops.delta_attention_backward.default,
-        (torch.ones_like(last.value), *last[:3], None, *(last.rel or (None, None)), *rest, wanted, backend),
+        ops.delta_attention_.default,
+        (last.query, key, value, last.index, cells, *(last.rel or (None, None)), *numbers, *state, backend),
     )
 
 
@@ -409,7 +452,7 @@ def test_double_backward_and_forward_mode_are_refused(device: str) -> None:
     x = normal(1, 1, 3, 4, device=device).requires_grad_()
     function = lambda x: tokenops.delta_attention(x, x, x)[0]  # noqa: E731
     [grad] = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="delta_attention cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(function, (x.detach(),), (x.detach(),))

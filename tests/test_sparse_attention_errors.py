@@ -181,7 +181,50 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias on another device": ({"kv_bias": torch.zeros(23, device="meta")}, ValueError, "kv_bias must be on key's device .*, got meta"),
     "unknown aux": ({"return_aux": ("lse", "max")}, ValueError, r"return_aux must be names out of \('lse', 'row_sq'\), got 'max'"),
     "unknown backend": ({"backend": "cudnn"}, ValueError, "backend must be one of 'triton', 'cpu', .*'reference', got 'cudnn'"),
-    "positions of a grid": ({"rel_pos": (torch.zeros(1), torch.zeros(1))}, NotImplementedError, "rel_pos is not built yet"),
+    "rel_pos of one tensor": (
+        {"rel_pos": torch.zeros(2, 4, 19, 23)},
+        TypeError,
+        r"rel_pos must be two tensors \(rel_h, rel_w\), got Tensor",
+    ),
+    "rel_pos of one in a tuple": ({"rel_pos": (torch.zeros(19, 23),)}, TypeError, r"rel_pos must be two tensors .*, got 1 of them"),
+    "rel_pos without rel_w": ({"rel_pos": (torch.zeros(19, 23), None)}, TypeError, "rel_pos: rel_w must be a Tensor, got NoneType"),
+    "rel_pos of half type": (
+        {"rel_pos": (torch.zeros(19, 23).half(), torch.zeros(19, 1).half())},
+        TypeError,
+        "rel_pos: rel_h must be torch.float32 with torch.float32 inputs, got torch.float16",
+    ),
+    "rel_pos of two dtypes": (
+        {name: torch.zeros(2, 4, 8, 16).half() for name in ("query", "key", "value")}
+        | {"rel_pos": (torch.zeros(8, 8), torch.zeros(8, 1).half())},
+        TypeError,
+        "rel_pos: rel_w must have rel_h's dtype torch.float32, got torch.float16",
+    ),
+    "rel_pos of another grid": (
+        {"rel_pos": (torch.zeros(19, 4), torch.zeros(19, 6))},
+        ValueError,
+        "rel_pos must be for a gh x gw grid of 23 key cells, got 4 x 6",
+    ),
+    "rel_pos of other rows": (
+        {"rel_pos": (torch.zeros(2, 4, 11, 23), torch.zeros(2, 4, 11, 1))},
+        ValueError,
+        r"rel_pos: rel_h must be \[2, 4, 19, gh\] \(leading sizes may be 1 or missing\), got \[2, 4, 11, 23\]",
+    ),
+    "rel_pos of other heads": (
+        {"rel_pos": (torch.zeros(4, 19, 23), torch.zeros(3, 19, 1))},
+        ValueError,
+        r"rel_pos: rel_w must be \[2, 4, 19, gw\] .*, got \[3, 19, 1\]",
+    ),
+    "rel_pos of too many dimensions": (
+        {"rel_pos": (torch.zeros(1, 2, 4, 19, 23), torch.zeros(19, 1))},
+        ValueError,
+        r"rel_pos: rel_h must be .*, got \[1, 2, 4, 19, 23\]",
+    ),
+    "rel_pos of one dimension": ({"rel_pos": (torch.zeros(23), torch.zeros(1))}, ValueError, r"rel_pos: rel_h must be .*, got \[23\]"),
+    "rel_pos on another device": (
+        {"rel_pos": (torch.zeros(19, 23, device="meta"), torch.zeros(19, 1))},
+        ValueError,
+        "rel_pos: rel_h must be on query's device .*, got meta",
+    ),
     "out of another shape": (
         {"out": torch.zeros(2, 4, 11, 24)},
         ValueError,
@@ -289,7 +332,7 @@ def test_grid_must_not_share_memory_with_an_input(name: str, device: str) -> Non
     # nor past the door
     p = tokenops.ops.sparse_attention.as_problem(**call)[0]
     with pytest.raises(ValueError, match=f"out must not share memory with {name}"):
-        torch.ops.tokenops.sparse_attention_(call[name], *p[:7], None, 0.0, False, p.scale, False, None)
+        torch.ops.tokenops.sparse_attention_(call[name], *p[:9], None, 0.0, False, p.scale, False, None)
     # slices that interleave in one buffer do not overlap
     slices = torch.zeros(2, 19, 4, 4, 16, device=device).transpose(1, 3).unbind(2)
     tokenops.sparse_attention(*slices[:3], out=slices[3])

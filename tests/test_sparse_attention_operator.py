@@ -30,13 +30,14 @@ def listed(device: str, change: Callable[[Call], Call] = lambda call: call, **mo
 def dense_arguments(call: Call) -> tuple[Any, ...]:
     """Of the operator, up to the options that its relatives do not share."""
     p = problem_of(call)
-    return (*p[:7], p.dropout_seed, p.dropout_p, p.is_causal, p.scale)
+    return (*p[:9], p.dropout_seed, p.dropout_p, p.is_causal, p.scale)
 
 
 def packed_arguments(call: Call) -> tuple[Any, ...]:
     p = problem_of(call)
-    rows = (call["query"], call["key"], call["value"], p.cu_seqlens_q, p.cu_seqlens_k, p.q_index, p.kv_index, p.kv_bias, p.dropout_seed)
-    return (*rows, p.max_seqlen_q, p.max_seqlen_k, p.dropout_p, p.is_causal, p.scale)
+    rows = (call["query"], call["key"], call["value"], p.cu_seqlens_q, p.cu_seqlens_k, p.q_index, p.kv_index, p.kv_bias)
+    rel = (None if x is None else x.squeeze(0).transpose(0, 1) for x in (p.rel_h, p.rel_w))
+    return (*rows, *rel, p.dropout_seed, p.max_seqlen_q, p.max_seqlen_k, p.dropout_p, p.is_causal, p.scale)
 
 
 def differentiable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -48,8 +49,10 @@ OPERATORS = {
     "grouped heads, bias": ("sparse_attention", dense_arguments, lambda device: listed(device, kv_heads=2, bias=True)),
     "mask, causal": ("sparse_attention", dense_arguments, lambda device: listed(device, with_mask("bool", "bhNM", is_causal=True))),
     "float mask": ("sparse_attention", dense_arguments, lambda device: listed(device, with_mask("float", "BhNM"))),
+    "rel_pos, lists": ("sparse_attention", dense_arguments, lambda device: listed(device, rel_grid=(4, 6), key_rows=24)),
     "BSHD, no lists": ("sparse_attention", dense_arguments, lambda device: as_bshd(listed(device, kept=None, kv_kept=None))),
     "packed": ("sparse_attention_varlen", packed_arguments, lambda device: packed(device=device)),
+    "packed, rel_pos": ("sparse_attention_varlen", packed_arguments, lambda device: packed(rel_grid=(6, 7), device=device)),
     "packed, lists, bias": (
         "sparse_attention_varlen",
         packed_arguments,
@@ -81,11 +84,15 @@ def test_in_place_operator_passes_opcheck(operator: tuple[str, tuple[Any, ...]])
 def test_backward_operator_passes_opcheck(operator: tuple[str, tuple[Any, ...]], wanted: list[bool]) -> None:
     name, arguments = operator
     out, lse, _ = getattr(ops, name).default(*arguments, False, None)
-    of_mask = wanted[0] and any(isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() for x in arguments[3:])
-    opcheck(getattr(ops, name + "_backward").default, (torch.randn_like(out), out, lse, *arguments, [*wanted, of_mask], None))
+    rel_h = 7 if name == "sparse_attention" else 8
+    of_rel = wanted[0] and arguments[rel_h] is not None
+    mask = arguments[6] if name == "sparse_attention" else None
+    of_mask = wanted[0] and mask is not None and mask.is_floating_point()
+    wanted = [*wanted, of_mask, of_rel, of_rel]
+    opcheck(getattr(ops, name + "_backward").default, (torch.randn_like(out), out, lse, *arguments, wanted, None))
 
 
-@pytest.mark.parametrize("name", ["grouped heads, bias", "packed, lists, bias"])
+@pytest.mark.parametrize("name", ["grouped heads, bias", "rel_pos, lists", "packed, rel_pos", "packed, lists, bias"])
 def test_every_backend_passes_opcheck(name: str, backend: str, device: str) -> None:
     operator, arguments_of, make = OPERATORS[name]
     opcheck(getattr(ops, operator).default, (*differentiable(arguments_of(make(device))), True, backend))
@@ -238,8 +245,9 @@ def test_fake_tensors_need_no_gpu(dtype: torch.dtype) -> None:
         assert aux.lse.shape == aux.row_sq.shape == (2, 4, 7)
         assert aux.lse.dtype == torch.float32
         # by the operator itself: without CUDA, autograd in torch aborts the process at a fake CUDA tensor that requires a gradient
-        problem = (q, k, v, index.unsqueeze(1), index.unsqueeze(1), None, None, None, 0.0, False, 0.25)
-        grads = ops.sparse_attention_backward.default(torch.empty_like(out), out, aux.lse, *problem, [True, True, True, False, False], None)
+        problem = (q, k, v, index.unsqueeze(1), index.unsqueeze(1), None, None, None, None, None, 0.0, False, 0.25)
+        wanted = [True] * 3 + [False] * 4
+        grads = ops.sparse_attention_backward.default(torch.empty_like(out), out, aux.lse, *problem, wanted, None)
         for grad, grid in zip(grads[:3], (q, k, v), strict=True):
             assert (grad.shape, grad.stride(), grad.dtype, grad.device.type) == (grid.shape, grid.stride(), dtype, "cuda")
         bounds = torch.empty(3, device="cuda", dtype=torch.int32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Call, assert_close, assert_right, assert_same_bits, computed
+from oracle import Call, assert_close, assert_right, assert_same_bits, by_tensor, computed
 from torch import Tensor
 
 import tokenops
@@ -34,6 +34,7 @@ def packed(
     listed: str | None = None,
     empty: float = 0.0,
     bias: bool = False,
+    rel_grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -56,7 +57,10 @@ def packed(
             call[name] = index.masked_fill(torch.rand(index.shape, generator=generator) < empty, -1)
     if bias:
         call["kv_bias"] = torch.randn(kv_heads, slots[1] + spare, generator=generator)
-    return {name: x.to(device) for name, x in call.items()}
+    call = {name: x.to(device) for name, x in call.items()}
+    if rel_grid:
+        call["rel_pos"] = tuple(torch.randn(slots[0] + spare, heads, cells, generator=generator).to(device, dtype) for cells in rel_grid)
+    return call
 
 
 FORMS = {
@@ -72,6 +76,11 @@ FORMS = {
     "empty slots": {"listed": "head", "empty": 0.4, "padding": 5, "bias": True},
     "nothing but empty slots": {"listed": "shared", "empty": 1.0},
     "bias": {"bias": True},
+    "rel_pos": {"rel_grid": (5, 8)},
+    "rel_pos, one sequence": {"q_lengths": (50,), "k_lengths": (70,), "rel_grid": (7, 10)},
+    "rel_pos, long": {"q_lengths": (130, 3, 200), "k_lengths": (260, 90, 40), "heads": 2, "kv_heads": 1, "rel_grid": (20, 13)},
+    "rel_pos, equal short sequences": {"q_lengths": (16,) * 9, "k_lengths": (16,) * 9, "value_width": 16, "rel_grid": (4, 4)},
+    "rel_pos, empty slots": {"listed": "head", "empty": 0.4, "padding": 5, "bias": True, "rel_grid": (4, 11)},
 }
 
 
@@ -86,7 +95,7 @@ def test_matches_the_definition(form: str, is_causal: bool, dtype: torch.dtype, 
 @pytest.mark.parametrize("form", FORMS)
 def test_reference_backward_is_autograd_of_the_definition(form: str, is_causal: bool, device: str) -> None:
     call = packed(**FORMS[form], device=device)
-    call = {name: x.double() if x.is_floating_point() else x for name, x in call.items()}
+    call = {name: x.double() if x.is_floating_point() else x for name, x in by_tensor(call).items()}
     assert_right({**call, "is_causal": is_causal}, "reference")
 
 
@@ -238,6 +247,7 @@ def packed_calls(draw: st.DrawFn) -> Call:
         listed=draw(st.sampled_from((None, "shared", "head"))),
         empty=draw(st.sampled_from((0.0, 0.3))),
         bias=draw(st.booleans()),
+        rel_grid=draw(st.sampled_from((None, (5, 8), (1, 40), (41, 1)))),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**32)),
     )

@@ -1,6 +1,15 @@
 """Sparse token attention for PyTorch: operators with hand-written kernels, and a plain PyTorch reference for each."""
 
-from tokenops.ops.delta_matmul import delta_attention, delta_gate, delta_gate_, gathered_linear, gathered_mlp, update_tokens, update_tokens_
+from tokenops.ops.delta_matmul import (
+    delta_attention,
+    delta_attention_,
+    delta_gate,
+    delta_gate_,
+    gathered_linear,
+    gathered_mlp,
+    update_tokens,
+    update_tokens_,
+)
 from tokenops.ops.sdpa import patch_sdpa
 from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
 from tokenops.ops.token_merge import (
@@ -39,6 +48,7 @@ __all__ = [
     "Window",
     "compose_plans",
     "delta_attention",
+    "delta_attention_",
     "delta_gate",
     "delta_gate_",
     "gathered_linear",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -67,17 +66,18 @@ class DeltaGate(NamedTuple):
 class DeltaState(NamedTuple):
     """What ``delta_attention`` carries from frame to frame. None = not in that mode.
 
-    M key cells: the N tokens, or fewer where keys are pooled. float32 stands for float64 with float64 tokens.
+    M key cells: the N tokens, or fewer where keys are pooled. float32 stands for float64 with float64 tokens. Weights are
+    2 ** (logit / ln 2 - maximum).
     """
 
-    output: Tensor  # [B, H, N, Dv] float32; exact: sum over keys of exp(logit - maximum) value; paper: the result
+    output: Tensor  # [B, H, N, Dv] float32; exact: sum over keys of weight times value; paper: the result
     value: Tensor  # [B, H, M, Dv] of the last frame
     key: Tensor | None  # exact: [B, H, M, D] of the last frame
-    maximum: Tensor | None  # exact: [B, H, N] float32, at least the largest logit of the row
-    total: Tensor | None  # exact: [B, H, N] float32, sum over keys of exp(logit - maximum)
+    maximum: Tensor | None  # exact: [B, H, N] float32, at most 8 below the largest logit / ln 2 of the row
+    total: Tensor | None  # exact: [B, H, N] float32, sum over keys of the weights
     peak: Tensor | None  # exact: [B, H, N] float32, the largest total since the row was last computed afresh, at today's maximum
     turn: Tensor | None  # exact: [] int32, which slice of rows is computed afresh next
-    probability: Tensor | None  # paper: [B, H, N, M], columns of the attention matrix as of when their cell was last listed
+    probability: Tensor | None  # paper: [B, H, M, N], row j is column j of the attention matrix as of when cell j was last listed
 
 
 class AttentionProblem(NamedTuple):
@@ -94,6 +94,8 @@ class AttentionProblem(NamedTuple):
     kv_index: Tensor | None  # [1|B, 1|Hkv, L] int32, rows of the key grid, -1 = empty slot
     kv_bias: Tensor | None  # [1|B, 1|Hkv, M] float32 (float64 with float64 inputs)
     attn_mask: Tensor | None  # [1|B, 1|Hq, 1|N, 1|M] bool (True = visible) or floating (added to the logits)
+    rel_h: Tensor | None  # [B, Hq, N, gh], both or neither: added to the logits of keys in row r // gw of the key grid
+    rel_w: Tensor | None  # [B, Hq, N, gw] in column r % gw. r = m, gh gw = M; in a packed call r is the rank in the sequence's list
     is_causal: bool  # m <= n in grid rows; in a packed call by rank within the sequence's list
     scale: float
     dropout_p: float
@@ -112,6 +114,8 @@ class AttentionGradients(NamedTuple):
     value: Tensor | None  # [B, Hkv, M, Dv]
     kv_bias: Tensor | None  # [B, Hkv, M] in kv_bias's dtype; the door sums it down to kv_bias's own shape
     attn_mask: Tensor | None  # attn_mask's own (broadcastable) shape
+    rel_h: Tensor | None  # [B, Hq, N, gh] in rel_h's dtype, zero in rows that were not computed
+    rel_w: Tensor | None  # [B, Hq, N, gw]
 
 
 class Window(NamedTuple):
@@ -285,28 +289,16 @@ class GateGradients(NamedTuple):
 
 
 class DeltaAttentionProblem(NamedTuple):
-    """One call of ``delta_attention`` after the door has checked it."""
+    """One call of ``delta_attention`` after the door has checked it, pooled its keys and values, and found the cells that changed."""
 
     query: Tensor  # [B, H, N, D], last dimension dense, any other strides (0 included)
-    key: Tensor  # [B, H, N, D]
-    value: Tensor  # [B, H, N, Dv]
-    index: Tensor | None  # type: ignore[assignment]  # [1|B, K] int32, tokens changed since the state, -1 = empty slot; None: all
+    key: Tensor  # [B, H, M, D]
+    value: Tensor  # [B, H, M, Dv]
+    rows: Tensor | None  # [1|B, K] int32, tokens changed since the state, -1 = empty slot; None: all
+    cells: Tensor | None  # [1|B, J] int32, keys changed since the state; given if and only if rows is, and the same where nothing is pooled
     rel_h: Tensor | None  # [B, H, N, gh], both or neither: added to the logits of row m // gw of the grid of cells
     rel_w: Tensor | None  # [B, H, N, gw], of column m % gw
     scale: float
-    paper: bool  # mode; the rest is for one of them
-    pooling: tuple[int, int, int, int] | None  # height and width of the token grid, height and width of a cell
-    guard: float
+    guard: float  # these are for mode "exact"
     refresh: int  # each row has its turn at least every so many frames; 0: never
     crossover: float
-    cast: torch.dtype | None  # paper: of probability and value; None: that of value
-
-
-class DeltaAttentionGradients(NamedTuple):
-    """Where the backward pass of ``delta_attention`` puts its results; None where no gradient is wanted."""
-
-    query: Tensor | None
-    key: Tensor | None
-    value: Tensor | None
-    rel_h: Tensor | None
-    rel_w: Tensor | None

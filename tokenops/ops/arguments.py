@@ -48,6 +48,22 @@ def as_int32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
+def as_lists(index: Tensor | TokenIndex, samples: int | None, other_name: str, other: Tensor) -> Tensor:
+    """[1|B, K] int32 from [K] | [B, K]."""
+    if isinstance(index, TokenIndex):
+        index = index.index
+    check_tensor("index", index)
+    if index.dtype == torch.bool:
+        raise TypeError("index must hold row ids (int32 or int64), got a bool mask: tokenops.index_from_mask makes an index of it")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    fits = index.dim() == 2 and (samples is None or index.shape[0] in (1, samples))
+    if index.dim() != 1 and not fits:
+        raise ValueError(f"index must be [K] | [{'B' if samples is None else samples}, K], got {list(index.shape)}")
+    check_device("index", index, other_name, other)
+    return dense(as_int32(index if index.dim() == 2 else index.unsqueeze(0)))
+
+
 def as_bounds(name: str, bounds: Tensor, other_name: str, other: Tensor) -> Tensor:
     """[S + 1] int32."""
     check_tensor(name, bounds)
@@ -83,9 +99,61 @@ def flat_batch(x: Tensor, batch: tuple[int, ...], inner: int) -> Tensor:
     return x.expand(*batch, *x.shape[-inner:]).reshape(prod(batch), *x.shape[-inner:])
 
 
+def rel_pos_parts(rel_pos: tuple[Tensor, Tensor] | None) -> tuple[tuple[str, Tensor], ...]:
+    """("rel_h", rel_h), ("rel_w", rel_w); nothing for None."""
+    if rel_pos is None:
+        return ()
+    if not isinstance(rel_pos, (tuple, list)) or len(rel_pos) != 2:
+        got = f"{len(rel_pos)} of them" if isinstance(rel_pos, (tuple, list)) else type(rel_pos).__name__
+        raise TypeError(f"rel_pos must be two tensors (rel_h, rel_w), got {got}")
+    parts = tuple(zip(("rel_h", "rel_w"), rel_pos, strict=True))
+    for name, x in parts:
+        check_tensor(f"rel_pos: {name}", x)
+    return parts
+
+
+def as_rel_pos(
+    rel_pos: tuple[Tensor, Tensor] | None, batch: tuple[int, ...], query: Tensor, cells: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """rel_h [B, H, N, gh] and rel_w [B, H, N, gw] for query [B, H, N, D] on a grid of so many key cells (None: of any number).
+
+    As with attn_mask, leading dimensions may be missing or 1 and then serve all; the batch may be written as several dimensions.
+    """
+    heads, rows = query.shape[1:3]
+    allowed = {query.dtype} if query.dtype == torch.float64 else {query.dtype, torch.float32}
+    leading = (*batch, heads, rows)
+    ready = []
+    for name, x in rel_pos_parts(rel_pos):
+        if x.dtype not in allowed:
+            raise TypeError(f"rel_pos: {name} must be {' or '.join(sorted(map(str, allowed)))} with {query.dtype} inputs, got {x.dtype}")
+        check_device(f"rel_pos: {name}", x, "query", query)
+        fits = 2 <= x.dim() <= len(leading) + 1 and x.shape[-2] == rows
+        if not fits or any(got not in (1, want) for got, want in zip(reversed(x.shape[:-2]), reversed(leading[:-1]), strict=False)):
+            form = ", ".join([*map(str, leading), "gh" if name == "rel_h" else "gw"])
+            raise ValueError(f"rel_pos: {name} must be [{form}] (leading sizes may be 1 or missing), got {list(x.shape)}")
+        ready.append(dense(x).expand(*leading, x.shape[-1]).reshape(prod(batch), heads, rows, x.shape[-1]))
+    if not ready:
+        return None, None
+    rel_h, rel_w = ready
+    if rel_h.dtype != rel_w.dtype:
+        raise TypeError(f"rel_pos: rel_w must have rel_h's dtype {rel_h.dtype}, got {rel_w.dtype}")
+    if cells is not None and rel_h.shape[3] * rel_w.shape[3] != cells:
+        raise ValueError(f"rel_pos must be for a gh x gw grid of {cells} key cells, got {rel_h.shape[3]} x {rel_w.shape[3]}")
+    return rel_h, rel_w
+
+
 def dense(x: Tensor) -> Tensor:
     """The last dimension without gaps, as kernels read it. For lists and bias vectors: a grid is never copied."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as it treats the inputs of matrix products."""
+    kind = x.device.type
+    # meta tensors, for one, know no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def check_in_place(name: str, target: Tensor, inputs: Iterable[object], instead: str) -> None:

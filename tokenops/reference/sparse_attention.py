@@ -26,6 +26,7 @@ def attention(problem: AttentionProblem) -> Attended:
     """Softmax attention of the listed query rows over the listed key rows. Half types are computed in float32, float64 in float64.
 
     logit[k, l] = scale <query[q_index[k]], key[kv_index[l]]> + kv_bias[kv_index[l]] + attn_mask[q_index[k], kv_index[l]]
+                  + rel_h[q_index[k], r // gw] + rel_w[q_index[k], r % gw],  r = kv_index[l], or l's rank in its packed sequence
     out[k] = sum_l dropout(softmax_l(logit[k]))[l] value[kv_index[l]]
     """
     rows = _gather(problem)
@@ -55,6 +56,8 @@ class _Rows(NamedTuple):
     key: Tensor  # [B, Hq, L, D]
     value: Tensor  # [B, Hq, L, Dv]
     bias: Tensor | None  # [1|B, 1|Hq, L]
+    rel_h: Tensor | None  # [B, Hq, K, gh]
+    rel_w: Tensor | None  # [B, Hq, K, gw]
     q_ids: Tensor  # [1|B, 1|Hq, K] row of the query grid, -1 = empty slot
     k_ids: Tensor  # [1|B, 1|Hq, L]
 
@@ -73,11 +76,14 @@ def _gather(problem: AttentionProblem) -> _Rows:
     bias = None
     if problem.kv_bias is not None:
         bias = per_query_head(_take_rows(problem.kv_bias.unsqueeze(-1), problem.kv_index)).squeeze(-1).to(dtype)
+    rel_h, rel_w = (None if rel is None else _take_rows(rel, problem.q_index).to(dtype) for rel in (problem.rel_h, problem.rel_w))
     return _Rows(
         _take_rows(problem.query, problem.q_index).to(dtype),
         keys(problem.key),
         keys(problem.value),
         bias,
+        rel_h,
+        rel_w,
         _row_ids(problem.q_index, problem.query),
         per_query_head(_row_ids(problem.kv_index, problem.key)),
     )
@@ -96,6 +102,12 @@ def _logits(problem: AttentionProblem, rows: _Rows, q_slots: slice, k_slots: sli
             visible = visible & mask
         else:
             logits = logits + mask.to(logits.dtype)
+    if rows.rel_h is not None and rows.rel_w is not None:
+        on_grid, *at = _cells(problem, rows, k_slots)
+        for rel, cell in zip((rows.rel_h, rows.rel_w), at, strict=True):
+            if rel.shape[3] > 0:
+                terms = rel[:, :, q_slots].gather(3, cell.expand(*logits.shape[:3], -1))
+                logits = logits + terms.masked_fill(~on_grid, 0.0)
     if problem.is_causal:
         if problem.cu_seqlens_q is not None:
             # a packed sequence has no common grid for queries and keys: causal goes by rank within its lists
@@ -121,6 +133,20 @@ def _sequences(problem: AttentionProblem) -> Iterator[tuple[slice, slice]]:
     q_bounds, k_bounds = problem.cu_seqlens_q.tolist(), problem.cu_seqlens_k.tolist()
     for s in range(len(q_bounds) - 1):
         yield slice(q_bounds[s], q_bounds[s + 1]), slice(k_bounds[s], k_bounds[s + 1])
+
+
+def _cells(problem: AttentionProblem, rows: _Rows, k_slots: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """[1|B, 1|Hq, 1, L]: whether a key lies on the grid of rel_pos, its row there and its column (0 if it does not)."""
+    assert rows.rel_h is not None
+    assert rows.rel_w is not None
+    place = rows.k_ids[:, :, None, k_slots]
+    if problem.cu_seqlens_k is not None:
+        # keys of a packed sequence have no common grid: as for causal, a key's place is its rank
+        place = torch.arange(place.shape[3], device=place.device).expand_as(place)
+    height, width = rows.rel_h.shape[3], rows.rel_w.shape[3]
+    on_grid = (place >= 0) & (place < height * width)
+    place = place.masked_fill(~on_grid, 0)
+    return on_grid, place // max(width, 1), place % max(width, 1)
 
 
 def _mask_position(mask: Tensor, q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,7 +188,7 @@ def _put_rows(rows: Tensor, index: Tensor | None, grid: Tensor) -> Tensor:
     """[B, H, N, C]: the transpose of ``_take_rows``, rows added up where they belong."""
     if index is None:
         return rows
-    result = rows.new_zeros(*rows.shape[:2], *grid.shape[2:])
+    result = rows.new_zeros(*rows.shape[:2], grid.shape[2], rows.shape[3])
     if grid.shape[2] == 0:
         return result
     ids = _row_ids(index, grid)[..., None]
@@ -207,6 +233,7 @@ def gradients(problem: AttentionProblem, grad_out: Tensor) -> AttentionGradients
     d_mask = None
     if mask is not None and mask.is_floating_point():
         d_mask = torch.zeros(mask.shape, dtype=rows.query.dtype, device=mask.device)
+    d_rel_h, d_rel_w = (None if rel is None else torch.zeros_like(rel) for rel in (rows.rel_h, rows.rel_w))
     for q_slots, k_slots in _sequences(problem):
         p, _ = _softmax(_logits(problem, rows, q_slots, k_slots))
         kept = keep.draw(p)
@@ -220,6 +247,11 @@ def gradients(problem: AttentionProblem, grad_out: Tensor) -> AttentionGradients
         if d_mask is not None and d_mask.numel() > 0:
             position = _mask_position(d_mask, rows.q_ids[:, :, q_slots, None], rows.k_ids[:, :, None, k_slots])
             d_mask.index_put_(tuple(at.expand_as(d_logit) for at in position), d_logit, accumulate=True)
+        if d_rel_h is not None and d_rel_w is not None:
+            on_grid, *at = _cells(problem, rows, k_slots)
+            for d_rel, cell in zip((d_rel_h, d_rel_w), at, strict=True):
+                if d_rel.shape[3] > 0:
+                    d_rel[:, :, q_slots].scatter_add_(3, cell.expand_as(d_logit), d_logit.masked_fill(~on_grid, 0.0))
 
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (problem.key.shape[1], _group(problem))).sum(2)
@@ -233,6 +265,8 @@ def gradients(problem: AttentionProblem, grad_out: Tensor) -> AttentionGradients
         _put_rows(per_key_head(d_value), problem.kv_index, problem.value),
         grad_bias,
         d_mask,
+        None if d_rel_h is None else _put_rows(d_rel_h, problem.q_index, problem.query),
+        None if d_rel_w is None else _put_rows(d_rel_w, problem.q_index, problem.query),
     )
 
 
@@ -269,7 +303,8 @@ def check_contents(problem: AttentionProblem, *, unique_queries: bool = False, u
     A row may stand in several sequences of a packed call, unless ``unique_queries`` / ``unique_keys`` (results of both would land in it).
 
     Raises:
-        ValueError: an id out of range or repeated, or cu_seqlens that do not start at 0, decrease, or pass the end.
+        ValueError: an id out of range or repeated; cu_seqlens that do not start at 0, decrease, or pass the end; a packed sequence of more
+            keys than rel_pos has cells.
     """
     q, k = problem.query, problem.key
     for side, index, grid, bounds, unique in (
@@ -279,6 +314,8 @@ def check_contents(problem: AttentionProblem, *, unique_queries: bool = False, u
         if bounds is not None:
             slots = grid.shape[2] if index is None else index.shape[2]
             check_bounds(f"cu_seqlens_{side}", bounds, slots)
+            if side == "k" and problem.rel_h is not None and problem.rel_w is not None:
+                _check_lengths(bounds, problem.rel_h.shape[3], problem.rel_w.shape[3])
         if index is not None:
             _check_index("q_index" if side == "q" else "kv_index", index, grid.shape[2], bounds, unique)
 
@@ -292,6 +329,12 @@ def check_bounds(name: str, bounds: Tensor, slots: int) -> None:
             raise ValueError(f"{name} must not decrease, got {values[at]} after {values[at - 1]} at position {at}")
     if values[-1] > slots:
         raise ValueError(f"{name} must end at or before the {slots} rows it delimits, got {values[-1]}")
+
+
+def _check_lengths(bounds: Tensor, height: int, width: int) -> None:
+    longest = int(bounds.diff().max()) if len(bounds) > 1 else 0
+    if longest > height * width:
+        raise ValueError(f"cu_seqlens_k must delimit sequences of at most {height} x {width} keys, the grid of rel_pos, got {longest}")
 
 
 def _check_index(name: str, index: Tensor, rows: int, bounds: Tensor | None, unique: bool) -> None:
@@ -333,6 +376,7 @@ def example_inputs(
     lists: str = "sample",
     empty: float = 0.0,
     bias: bool = False,
+    rel_grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -344,6 +388,7 @@ def example_inputs(
         lists: one list for all ("shared"), one per "sample" or one per "head".
         empty: fraction of slots that become -1, anywhere in the lists; each list loses a different number.
         bias: add a kv_bias like the log sizes of merged tokens.
+        rel_grid: add a rel_pos for keys on a grid of so many rows and columns.
     """
     generator = torch.Generator().manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
@@ -365,6 +410,8 @@ def example_inputs(
     if bias:
         sizes = torch.randint(1, 5, (batch, key_rows), generator=generator)
         inputs["kv_bias"] = sizes.to(device, torch.float64 if dtype == torch.float64 else torch.float32).log()
+    if rel_grid is not None:
+        inputs["rel_pos"] = rows(heads, query_rows, rel_grid[0]), rows(heads, query_rows, rel_grid[1])
     return inputs
 
 
@@ -415,9 +462,12 @@ def bytes(problem: AttentionProblem, *, backward: bool = False) -> int:
     # query and out (and lse), key and value
     total = q_slots * ((d + dv) * size + 4) + k_slots * (d + dv) * size
     total += sum(x.numel() * x.element_size() for x in lists if x is not None)
+    rel_rows = sum(rel.shape[3] * rel.element_size() for rel in (problem.rel_h, problem.rel_w) if rel is not None)
+    total += q_slots * rel_rows
     if backward:
         grids = (problem.query, problem.key, problem.value)
         total += q_slots * dv * size + sum(grid.numel() * size for grid in grids)
         if problem.kv_bias is not None:
             total += problem.kv_bias.numel() * problem.kv_bias.element_size()
+        total += batch * heads * problem.query.shape[2] * rel_rows
     return total

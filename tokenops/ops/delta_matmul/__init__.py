@@ -1,6 +1,8 @@
 """Work on the tokens that changed since the last frame: the door of this room. Behind it: reference/ under the same name."""
 
+from tokenops.ops.delta_matmul import transforms as transforms
 from tokenops.ops.delta_matmul.attention import delta_attention as delta_attention
+from tokenops.ops.delta_matmul.attention import delta_attention_ as delta_attention_
 from tokenops.ops.delta_matmul.backends import BACKENDS as BACKENDS
 from tokenops.ops.delta_matmul.gate import delta_gate as delta_gate
 from tokenops.ops.delta_matmul.gate import delta_gate_ as delta_gate_

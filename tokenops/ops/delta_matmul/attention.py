@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import check_device, check_tensor, dense, refuse_forward_mode
+from tokenops.ops.arguments import (
+    as_lists,
+    check_device,
+    check_in_place,
+    check_overlap,
+    check_tensor,
+    dense,
+    refuse_forward_mode,
+    under_autocast,
+)
 from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
-from tokenops.ops.token_merge.arguments import under_autocast
-from tokenops.ops.token_select.pack import as_lists
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
-from tokenops.types import DeltaAttentionGradients, DeltaAttentionProblem, DeltaGate, DeltaState, TokenIndex
+from tokenops.types import DeltaAttentionProblem, DeltaGate, DeltaState, TokenIndex
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 # in the order of DeltaAttentionProblem
 _PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? index, Tensor? rel_h, Tensor? rel_w, float scale, bool paper, int[]? pooling, "
-    "float guard, int refresh, float crossover, ScalarType? cast"
+    "Tensor query, Tensor key, Tensor value, Tensor? rows, Tensor? cells, Tensor? rel_h, Tensor? rel_w, float scale, float guard, "
+    "int refresh, float crossover"
 )
-_DIFFERENTIABLE = ("query", "key", "value", "rel_h", "rel_w")
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
 # a part of the state that the mode does not have goes in as None and comes back as an empty tensor
 _library.define(
-    f"delta_attention({_PROBLEM}, {', '.join(f'Tensor? old_{name}' for name in DeltaState._fields)}, str? backend) -> "
-    f"(Tensor out, {', '.join(f'Tensor new_{name}' for name in DeltaState._fields)})",
+    f"delta_attention({_PROBLEM}, bool paper, ScalarType? cast, {', '.join(f'Tensor? old_{name}' for name in DeltaState._fields)}, "
+    f"str? backend) -> (Tensor out, {', '.join(f'Tensor new_{name}' for name in DeltaState._fields)})",
     tags=_TAGS,
 )
-# a gradient that is not wanted comes back as an empty tensor
 _library.define(
-    f"delta_attention_backward(Tensor grad_out, {_PROBLEM}, bool[] wanted, str? backend) -> "
-    f"({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
+    f"delta_attention_({_PROBLEM}, "
+    f"{', '.join(f'Tensor({chr(97 + at)}!)? state_{name}' for at, name in enumerate(DeltaState._fields))}, str? backend) -> Tensor out",
     tags=_TAGS,
 )
 
@@ -104,6 +110,70 @@ def delta_attention(
     >>> torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
     True
     """
+    problem, parts = _arguments(query, key, value, index, state, mode, scale, rel_pos, pool, grid, guard, refresh, crossover, cast)
+    out, *new = torch.ops.tokenops.delta_attention.default(*problem, mode == "paper", cast, *parts, backend)
+    has = _parts(mode == "paper")
+    return out, DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, new, strict=True))
+
+
+def delta_attention_(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, Dv]
+    index: Tensor | TokenIndex | DeltaGate,
+    state: DeltaState,
+    *,
+    scale: float | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
+    pool: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+    guard: float = 1e-2,
+    refresh: int = 128,
+    crossover: float = 0.5,
+    backend: str | None = None,
+) -> Tensor:  # [B, H, N, Dv]
+    """``delta_attention`` that writes the new state over the old one and returns the result alone. Only where no gradient is needed.
+
+    The mode, and in mode "paper" the cast, are those of the state. Saves copying what did not change.
+
+    Raises:
+        RuntimeError: a gradient is needed.
+        ValueError: a part of the state is not contiguous or shares memory with query, key or value; and as ``delta_attention``.
+    """
+    if not isinstance(state, DeltaState):
+        raise TypeError(f"state must be a DeltaState, got {type(state).__name__}: delta_attention(query, key, value) makes the first")
+    if index is None:
+        raise TypeError("index must list the tokens that changed, got None: delta_attention(query, key, value) starts afresh")
+    paper = state.probability is not None
+    # checked against itself: what was stored is what will be
+    cast = state.value.dtype if paper and isinstance(state.value, Tensor) and state.value.dtype != query.dtype else None
+    mode = "paper" if paper else "exact"
+    problem, parts = _arguments(query, key, value, index, state, mode, scale, rel_pos, pool, grid, guard, refresh, crossover, cast)
+    for name, part in zip(DeltaState._fields, parts, strict=True):
+        if part is not None:
+            check_in_place(f"state.{name}", part, problem, "use delta_attention")
+            if not part.is_contiguous():
+                raise ValueError(f"state.{name} must be contiguous to be written over, got strides {part.stride()}")
+    return torch.ops.tokenops.delta_attention_.default(*problem, *parts, backend)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | TokenIndex | DeltaGate | None,
+    state: DeltaState | None,
+    mode: str,
+    scale: float | None,
+    rel_pos: tuple[Tensor, Tensor] | None,
+    pool: tuple[int, int] | None,
+    grid: tuple[int, int] | None,
+    guard: float,
+    refresh: int,
+    crossover: float,
+    cast: torch.dtype | None,
+) -> tuple[DeltaAttentionProblem, tuple[Tensor | None, ...]]:
+    """The problem, and the parts of the state; none in a first frame."""
     if mode not in ("exact", "paper"):
         raise ValueError(f"mode must be 'exact' or 'paper', got {mode!r}")
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -115,35 +185,34 @@ def delta_attention(
     check_like("key", key, (batch, heads, tokens, width), "[B, H, N, D]", "query", query)
     check_like("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, N, Dv]", "query", query)
     _check_numbers(mode, guard, refresh, crossover, cast)
-    pooling = _as_pooling(pool, grid, tokens)
-    cells = tokens if pooling is None else tokens // (pooling[2] * pooling[3])
-    rel_h, rel_w = _as_rel_pos(rel_pos, query, cells)
-    lists = None
-    parts: tuple[Tensor | None, ...] = (None,) * len(DeltaState._fields)
+    _check_pooling(pool, grid, tokens)
+    rows, cells = None, None
     if index is not None:
         if state is None:
             raise ValueError("index must not be given without a state: in a first frame every token is new (index=None)")
-        lists = as_lists(plain_index(index), batch, "query", query)
-        parts = _checked_state(state, query, value, cells, mode, cast)
+        rows = cells = as_lists(plain_index(index), batch, "query", query)
+    refuse_forward_mode(query, key, value, *(rel_pos or ()))
+    if pool is not None and grid is not None:
+        key, value = (reference.pooled(x, grid, pool) for x in (key, value))
+        cells = None if rows is None else reference.pooled_index(rows, grid, pool)
+    rel_h, rel_w = _as_rel_pos(rel_pos, query, key.shape[2])
+    parts: tuple[Tensor | None, ...] = (None,) * len(DeltaState._fields)
+    if index is not None:
+        parts = _checked_state(state, query, key, value, mode, cast)
     problem = DeltaAttentionProblem(
         dense(query),
         dense(key),
         dense(value),
-        lists,
+        rows,
+        cells,
         rel_h,
         rel_w,
         width**-0.5 if scale is None else float(scale),
-        mode == "paper",
-        pooling,
         guard,
         refresh,
         crossover,
-        cast,
     )
-    refuse_forward_mode(query, key, value, rel_h, rel_w)
-    out, *new = torch.ops.tokenops.delta_attention.default(*problem, *parts, backend)
-    has = _parts(problem.paper)
-    return out, DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, new, strict=True))
+    return problem, parts
 
 
 def _parts(paper: bool) -> tuple[str, ...]:
@@ -164,20 +233,18 @@ def _check_numbers(mode: str, guard: float, refresh: int, crossover: float, cast
         raise TypeError(f"cast must be float32, bfloat16 or float16, got {cast}")
 
 
-def _as_pooling(pool: tuple[int, int] | None, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int, int, int] | None:
+def _check_pooling(pool: tuple[int, int] | None, grid: tuple[int, int] | None, tokens: int) -> None:
     if (pool is None) != (grid is None):
         raise ValueError(f"pool and grid go together, got pool={pool}, grid={grid}")
     if pool is None or grid is None:
-        return None
+        return
     for name, pair in (("pool", pool), ("grid", grid)):
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError(f"{name} must be two positive numbers, got {tuple(pair)}")
-    (height, width), (pool_h, pool_w) = grid, pool
-    if height * width != tokens:
+    if grid[0] * grid[1] != tokens:
         raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
-    if height % pool_h or width % pool_w:
+    if grid[0] % pool[0] or grid[1] % pool[1]:
         raise ValueError(f"pool must divide grid {tuple(grid)}, got {tuple(pool)}")
-    return height, width, pool_h, pool_w
 
 
 def _as_rel_pos(rel_pos: tuple[Tensor, Tensor] | None, query: Tensor, cells: int) -> tuple[Tensor | None, Tensor | None]:
@@ -199,32 +266,31 @@ def _as_rel_pos(rel_pos: tuple[Tensor, Tensor] | None, query: Tensor, cells: int
     return dense(rel_h), dense(rel_w)
 
 
-def _shapes(query: Tensor, value: Tensor, cells: int, paper: bool, cast: torch.dtype | None) -> dict[str, tuple[Any, torch.dtype]]:
+def _shapes(query: Tensor, key: Tensor, value: Tensor, paper: bool, cast: torch.dtype | None) -> dict[str, tuple[Any, torch.dtype]]:
     """Shape and dtype of each part of the state of a mode."""
-    batch, heads, tokens, width = query.shape
+    rows, cells = query.shape[:3], key.shape[2]
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     stored = value.dtype if not paper or cast is None else cast
-    rows = (batch, heads, tokens)
     every = {
         "output": ((*rows, value.shape[3]), sums),
-        "value": ((batch, heads, cells, value.shape[3]), stored),
-        "key": ((batch, heads, cells, width), query.dtype),
+        "value": (value.shape, stored),
+        "key": (key.shape, query.dtype),
         "maximum": (rows, sums),
         "total": (rows, sums),
         "peak": (rows, sums),
         "turn": ((), torch.int32),
-        "probability": ((*rows, cells), stored),
+        "probability": ((*rows[:2], cells, rows[2]), stored),
     }
     return {name: every[name] for name in _parts(paper)}
 
 
 def _checked_state(
-    state: DeltaState, query: Tensor, value: Tensor, cells: int, mode: str, cast: torch.dtype | None
+    state: DeltaState | None, query: Tensor, key: Tensor, value: Tensor, mode: str, cast: torch.dtype | None
 ) -> tuple[Tensor | None, ...]:
     if not isinstance(state, DeltaState):
         raise TypeError(f"state must be a DeltaState, got {type(state).__name__}")
     parts: dict[str, Tensor | None] = dict.fromkeys(DeltaState._fields)
-    for name, (shape, dtype) in _shapes(query, value, cells, mode == "paper", cast).items():
+    for name, (shape, dtype) in _shapes(query, key, value, mode == "paper", cast).items():
         part = getattr(state, name)
         if part is None:
             raise ValueError(f"state must be of mode {mode!r}, got one without {name}")
@@ -238,92 +304,98 @@ def _checked_state(
     return tuple(parts.values())
 
 
+_PARTS = len(DeltaState._fields)
+_SIZE = len(DeltaAttentionProblem._fields)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, state, backend = _split(arguments)
-    results = _allocate(*arguments)
-    chosen = choose("delta_attention", BACKENDS, backend, problem)
-    if problem.index is not None and reads_contents(problem.query.device, chosen.name):
-        reference.check_index(problem.index, problem.query.shape[2])
-    has = _parts(problem.paper)
-    new = DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, results[1:], strict=True))
-    if problem.query.numel() > 0:
-        chosen.run.attention(problem, state, results[0], new)
-    elif new.turn is not None:
-        new.turn.zero_()
+    problem, paper, backend = DeltaAttentionProblem._make(arguments[:_SIZE]), arguments[_SIZE], arguments[-1]
+    out, *new = results = _allocate(*arguments)
+    has = _parts(paper)
+    state = DeltaState._make(part if name in has else None for name, part in zip(DeltaState._fields, new, strict=True))
+    if problem.rows is not None:
+        for part, old in zip(state, arguments[-1 - _PARTS : -1], strict=True):
+            if part is not None:
+                part.copy_(old)
+    _serve(problem, state, out, backend)
     return results
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[DeltaAttentionProblem, DeltaState | None, str | None]:
-    size = len(DeltaAttentionProblem._fields)
-    problem, old = DeltaAttentionProblem._make(arguments[:size]), DeltaState._make(arguments[size:-1])
-    return problem, None if old.output is None else old, arguments[-1]
+def _in_place(*arguments: Any) -> Tensor:
+    problem, state = DeltaAttentionProblem._make(arguments[:_SIZE]), DeltaState._make(arguments[_SIZE:-1])
+    for name, part in zip(DeltaState._fields, state, strict=True):
+        if part is not None:
+            check_overlap(f"state.{name}", part, problem._asdict())
+    out = problem.query.new_empty(_out_shape(problem))
+    _serve(problem, state, out, arguments[-1])
+    return out
+
+
+def _serve(problem: DeltaAttentionProblem, state: DeltaState, out: Tensor, backend: str | None) -> None:
+    chosen = choose("delta_attention", BACKENDS, backend, problem)
+    if problem.rows is not None and reads_contents(problem.query.device, chosen.name):
+        reference.check_index(problem.rows, problem.query.shape[2])
+    if problem.query.numel() > 0:
+        chosen.run.attention(problem, state, out)
+    elif state.turn is not None:
+        state.turn.zero_()
+
+
+def _out_shape(problem: DeltaAttentionProblem) -> tuple[int, ...]:
+    return (*problem.query.shape[:3], problem.value.shape[3])
 
 
 def _allocate(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, *_ = _split(arguments)
-    query, value = problem.query, problem.value
-    cells = query.shape[2]
-    if problem.pooling is not None:
-        cells = cells // (problem.pooling[2] * problem.pooling[3])
-    shapes = _shapes(query, value, cells, problem.paper, problem.cast)
+    problem = DeltaAttentionProblem._make(arguments[:_SIZE])
+    paper, cast = arguments[_SIZE : _SIZE + 2]
+    query, shapes = problem.query, _shapes(*problem[:3], paper, cast)
     parts = (
         query.new_empty(shapes[name][0], dtype=shapes[name][1]) if name in shapes else query.new_empty((0,)) for name in DeltaState._fields
     )
-    return query.new_empty(value.shape), *parts
+    return query.new_empty(_out_shape(problem)), *parts
 
 
-def _backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, wanted, backend = arguments
-    problem = DeltaAttentionProblem._make(given)
-    results = _allocate_gradients(grad_out, *arguments)
-    chosen = choose("delta_attention_backward", BACKENDS, backend, problem)
-    grads = DeltaAttentionGradients._make(grad if want else None for grad, want in zip(results, wanted, strict=True))
-    if problem.query.numel() > 0:
-        chosen.run.attention_backward(problem, dense(grad_out), grads)
-    return results
-
-
-def _allocate_gradients(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, wanted, _ = arguments
-    problem = DeltaAttentionProblem._make(given)._asdict()
-    return tuple(
-        problem[name].new_empty(problem[name].shape) if want else grad_out.new_empty((0,))
-        for name, want in zip(_DIFFERENTIABLE, wanted, strict=True)
-    )
+def _allocate_in_place(*arguments: Any) -> Tensor:
+    problem = DeltaAttentionProblem._make(arguments[:_SIZE])
+    return problem.query.new_empty(_out_shape(problem))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    problem, _, ctx.backend = _split(inputs)
-    ctx.mark_non_differentiable(*output[1:])
+    problem, paper, ctx.backend = DeltaAttentionProblem._make(inputs[:_SIZE]), inputs[_SIZE], inputs[-1]
+    out, *new = output
+    ctx.mark_non_differentiable(*new)
     ctx.set_materialize_grads(False)
-    ctx.rest = problem[6:]
-    ctx.save_for_backward(problem.query, problem.key, problem.value, problem.rel_h, problem.rel_w)
+    ctx.scale = problem.scale
+    state = DeltaState._make(new)
+    # mode "exact" has dense attention's results; after the published update they are not that
+    results = (None, None, None) if paper else (out, state.maximum, state.total)
+    ctx.save_for_backward(problem.query, problem.key, problem.value, problem.rel_h, problem.rel_w, *results)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Dense attention's: neither the index nor the state has a part in it."""
     results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    if grad_out is not None:
-        query, key, value, rel_h, rel_w = ctx.saved_tensors
-        at = [DeltaAttentionProblem._fields.index(name) for name in _DIFFERENTIABLE]
-        wanted = [ctx.needs_input_grad[i] for i in at]
-        # dense attention: neither the index nor the state has a part in it
-        grads = torch.ops.tokenops.delta_attention_backward.default(
-            grad_out, query, key, value, None, rel_h, rel_w, *ctx.rest, wanted, ctx.backend
-        )
-        for i, want, grad in zip(at, wanted, grads, strict=True):
-            results[i] = grad if want else None
+    if grad_out is None:
+        return tuple(results)
+    query, key, value, rel_h, rel_w, out, maximum, total = ctx.saved_tensors
+    call = (query, key, value, None, None, None, None, rel_h, rel_w, None, 0.0, False, ctx.scale)
+    if out is None:
+        out, lse, _ = torch.ops.tokenops.sparse_attention.default(*call, False, ctx.backend)
+    else:
+        lse = ((maximum + total.log2()) * math.log(2.0)).float()
+    at = [DeltaAttentionProblem._fields.index(name) for name in ("query", "key", "value", "rel_h", "rel_w")]
+    of_query, of_key, of_value, of_rel_h, of_rel_w = (ctx.needs_input_grad[i] for i in at)
+    wanted = [of_query, of_key, of_value, False, False, of_rel_h, of_rel_w]
+    grads = torch.ops.tokenops.sparse_attention_backward.default(grad_out, out, lse, *call, wanted, ctx.backend)
+    for i, grad in zip(at, (*grads[:3], *grads[5:]), strict=True):
+        results[i] = grad if ctx.needs_input_grad[i] else None
     return tuple(results)
-
-
-def _refuse_double_backward(*_: Any) -> None:
-    raise RuntimeError("delta_attention cannot be differentiated twice: its backward pass has no gradient formula")
 
 
 for _name, _run, _fake in (
     ("delta_attention", _forward, _allocate),
-    ("delta_attention_backward", _backward, _allocate_gradients),
+    ("delta_attention_", _in_place, _allocate_in_place),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tokenops::{_name}", _fake, lib=_library)
 torch.library.register_autograd("tokenops::delta_attention", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("tokenops::delta_attention_backward", _refuse_double_backward, lib=_library)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import check_in_place, check_overlap, dense, refuse_forward_mode
+from tokenops.ops.arguments import as_lists, check_in_place, check_overlap, dense, refuse_forward_mode
 from tokenops.ops.delta_matmul.arguments import as_norm, check_grid, check_like, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
-from tokenops.ops.token_select.pack import as_lists
 from tokenops.ops.token_select.select import slots_of
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
@@ -155,9 +153,10 @@ def _arguments(
     for name, grid in (("reference", reference), ("skip", skip)):
         if grid is not None:
             check_like(name, grid, tuple(x.shape), "[B, N, C]", "x", x)
-    if math.isnan(order) or order < 0.0:
+    # NaN is not either
+    if not order >= 0.0:
         raise ValueError(f"order must not be negative, got {order}")
-    if threshold is not None and threshold < 0.0:
+    if threshold is not None and not threshold >= 0.0:
         raise ValueError(f"threshold must not be negative (a norm never is), got {threshold}")
     given = [name for name, how in (("k", k), ("fraction", fraction), ("threshold", threshold), ("index", index)) if how is not None]
     if len(given) > 1 or (not given and reference is not None):

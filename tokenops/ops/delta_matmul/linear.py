@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import check_in_place, check_overlap, dense, refuse_forward_mode
+from tokenops.ops.arguments import as_lists, check_in_place, check_overlap, dense, refuse_forward_mode, under_autocast
 from tokenops.ops.delta_matmul.arguments import as_norm, check_grid, check_like, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
-from tokenops.ops.token_merge.arguments import under_autocast
-from tokenops.ops.token_select.pack import as_lists
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
 from tokenops.types import DeltaGate, LinearGradients, LinearProblem, TokenIndex
@@ -175,7 +173,7 @@ def _in_place(out: Tensor, *arguments: Any) -> None:
     *given, backend = arguments
     problem = LinearProblem._make(given)
     check_overlap("out", out, problem._asdict())
-    chosen = choose("gathered_linear", BACKENDS, backend, problem)
+    chosen = choose("gathered_linear", BACKENDS, backend, problem, out=out)
     if reads_contents(problem.x.device, chosen.name):
         reference.check_index(problem.index, problem.x.shape[1])
     if out.numel() > 0:

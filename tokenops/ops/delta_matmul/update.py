@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import check_in_place, check_overlap, dense, refuse_forward_mode
+from tokenops.ops.arguments import as_lists, check_in_place, check_overlap, dense, refuse_forward_mode
 from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
-from tokenops.ops.token_select.pack import as_lists
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
 from tokenops.types import DeltaGate, TokenIndex
@@ -109,10 +108,10 @@ def _in_place(buffer: Tensor, rows: Tensor, index: Tensor, backend: str | None) 
 
 
 def _backward(grad_out: Tensor, index: Tensor, wanted: list[bool], backend: str | None) -> tuple[Tensor, ...]:
-    grads = _allocate_gradients(grad_out, index, wanted)
+    grads, grad_out = _allocate_gradients(grad_out, index, wanted), dense(grad_out)
     chosen = choose("update_tokens_backward", BACKENDS, backend, grad_out)
     if grad_out.numel() > 0:
-        chosen.run.update_backward(dense(grad_out), index, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+        chosen.run.update_backward(grad_out, index, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
     return grads
 
 

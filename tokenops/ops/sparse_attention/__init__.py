@@ -58,7 +58,9 @@ def sparse_attention(
         kv_index: visible key rows in the same forms, [L], [B, L] or [B, Hkv, L].
         kv_bias: [M], [B, M] or [B, Hkv, M], float32 (float64 with float64 inputs): added to every logit of key m. The log of a merged
             token's size, or -inf to hide a key.
-        rel_pos: not built yet.
+        rel_pos: (rel_h [B, Hq, N, gh], rel_w [B, Hq, N, gw]), float32 or query's dtype, broadcast as attn_mask is: adds
+            rel_h[n, m // gw] + rel_w[n, m % gw] to the logit of query row n and key row m, which lie on a gh x gw grid, gh gw = M. The
+            decomposed position bias of ViTDet and SAM, and no N x M tensor.
         return_aux: names out of "lse", "row_sq": return (out, Aux) with lse, row_sq [B, Hq, K] float32. lse is the natural log of the
             softmax denominator, row_sq the sum of squared probabilities (before dropout). Neither is differentiable.
         out: a grid [B, Hq, N, Dv] to write the computed rows into, at their row; other rows keep their values. Returned. Only where no
@@ -66,8 +68,9 @@ def sparse_attention(
         backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
 
     A query row that sees no key gives out 0, lse -inf and zero gradients. NaN in a visible row propagates. Half types accumulate in
-    float32. Differentiable once in query, key, value, kv_bias and a floating attn_mask. Results depend neither on the run nor on the number
-    of threads, forward and backward (the reference leaves its matrix products to torch). Under autocast only query, key and value are cast.
+    float32. Differentiable once in query, key, value, kv_bias, rel_pos and a floating attn_mask. Results depend neither on the run nor on
+    the number of threads, forward and backward (the reference leaves its matrix products to torch). Under autocast only query, key and
+    value are cast.
 
     Raises:
         ValueError: sizes, ranks or devices disagree, an id is out of range or repeated (checked on the CPU; on a GPU if TOKENOPS_CHECK=1),
@@ -81,14 +84,23 @@ def sparse_attention(
     >>> tokenops.sparse_attention(x, x, x, q_index=kept, kv_index=kept).shape
     torch.Size([2, 8, 98, 64])
     """
-    if rel_pos is not None:
-        raise NotImplementedError("rel_pos is not built yet; add its terms to attn_mask")
     aux = () if return_aux is None else check_aux(return_aux)
     problem, grids = as_problem(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_index=q_index, kv_index=kv_index, kv_bias=kv_bias
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        q_index=q_index,
+        kv_index=kv_index,
+        kv_bias=kv_bias,
+        rel_pos=rel_pos,
     )
     # the operator's arguments are the fields of the problem that a dense call has
-    given = (*problem[:7], problem.dropout_seed, problem.dropout_p, problem.is_causal, problem.scale, "row_sq" in aux, backend)
+    given = (*problem[:9], problem.dropout_seed, problem.dropout_p, problem.is_causal, problem.scale, "row_sq" in aux, backend)
     lead = grids.batch if not grids.has_heads else (*grids.batch, grids.query.shape[1])
     if out is None:
         result, lse, row_sq = torch.ops.tokenops.sparse_attention.default(*given)
@@ -120,6 +132,7 @@ def sparse_attention_varlen(
     q_index: Tensor | TokenIndex | None = None,
     kv_index: Tensor | TokenIndex | None = None,
     kv_bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -140,6 +153,8 @@ def sparse_attention_varlen(
         q_index, kv_index: [K] or [Hq, K], [L] or [Hkv, L]; -1 = empty slot. A row may stand in several sequences only where no
             gradient is needed (and, for q_index, no ``out`` is given).
         kv_bias: [Tk] or [Hkv, Tk].
+        rel_pos: (rel_h [Tq, Hq, gh], rel_w [Tq, Hq, gw]): slot r of a sequence's keys lies at (r // gw, r % gw) of its grid, for instance
+            a window of an image. A sequence has at most gh gw keys.
         is_causal: by rank within the sequence's lists: slot l of its keys is visible to slot k of its queries if l <= k.
         return_aux: lse, row_sq are [Hq, K].
         out: a grid [Tq, Hq, Dv] to write the computed rows into.
@@ -158,11 +173,21 @@ def sparse_attention_varlen(
         q_index=q_index,
         kv_index=kv_index,
         kv_bias=kv_bias,
+        rel_pos=rel_pos,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
     )
-    lists = (problem.cu_seqlens_q, problem.cu_seqlens_k, problem.q_index, problem.kv_index, problem.kv_bias, problem.dropout_seed)
+    rel_rows = [None if x is None else x.squeeze(0).transpose(0, 1) for x in (problem.rel_h, problem.rel_w)]
+    lists = (
+        problem.cu_seqlens_q,
+        problem.cu_seqlens_k,
+        problem.q_index,
+        problem.kv_index,
+        problem.kv_bias,
+        *rel_rows,
+        problem.dropout_seed,
+    )
     given = (*rows, *lists, max_seqlen_q, max_seqlen_k, problem.dropout_p, problem.is_causal, problem.scale, "row_sq" in aux, backend)
     if out is None:
         out, lse, row_sq = torch.ops.tokenops.sparse_attention_varlen.default(*given)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenops.ops.arguments import (
     as_bounds,
     as_index,
+    as_rel_pos,
     check_device,
     check_in_place,
     check_tensor,
@@ -19,6 +20,7 @@ from tokenops.ops.arguments import (
     flat_batch,
     per_head,
     refuse_forward_mode,
+    rel_pos_parts,
 )
 from tokenops.types import AttentionProblem, Aux, TokenIndex
 
@@ -129,15 +131,19 @@ def as_problem(
     q_index: Tensor | TokenIndex | None = None,
     kv_index: Tensor | TokenIndex | None = None,
     kv_bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[AttentionProblem, Grids]:
     """What backends get for these arguments of ``sparse_attention``, and how the user wrote the grids."""
     grids = as_grids(*check_values(query, key, value), enable_gqa)
-    return _problem(grids, attn_mask, dropout_p, is_causal, scale, q_index, kv_index, kv_bias), grids
+    rel_h, rel_w = as_rel_pos(rel_pos, grids.batch, grids.query, grids.key.shape[2])
+    return _problem(grids, attn_mask, rel_h, rel_w, dropout_p, is_causal, scale, q_index, kv_index, kv_bias), grids
 
 
 def _problem(
     grids: Grids,
     attn_mask: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -146,7 +152,7 @@ def _problem(
     kv_bias: Tensor | None,
 ) -> AttentionProblem:
     query, key, value, batch, _ = grids
-    refuse_forward_mode(query, key, value, kv_bias, attn_mask)
+    refuse_forward_mode(query, key, value, kv_bias, attn_mask, rel_h, rel_w)
     if query.shape[3] == 0:
         raise ValueError(f"query must have a head width D of at least 1, got {list(query.shape)}")
     return AttentionProblem(
@@ -157,6 +163,8 @@ def _problem(
         None if kv_index is None else as_index("kv_index", kv_index, batch, key.shape[1], "L", "key", key),
         None if kv_bias is None else as_bias(kv_bias, grids),
         None if attn_mask is None else as_mask(attn_mask, grids),
+        rel_h,
+        rel_w,
         bool(is_causal),
         query.shape[3] ** -0.5 if scale is None else scale,
         dropout_p,
@@ -180,6 +188,7 @@ def as_packed_problem(
     q_index: Tensor | TokenIndex | None = None,
     kv_index: Tensor | TokenIndex | None = None,
     kv_bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -204,9 +213,19 @@ def as_packed_problem(
             raise ValueError(f"{name} must not be negative, got {most}")
     q_grid, k_grid, v_grid = (x.transpose(0, 1).unsqueeze(0) for x in rows)
     grids = Grids(q_grid, k_grid, v_grid, (), True)
-    problem = _problem(grids, None, dropout_p, is_causal, scale, q_index, kv_index, kv_bias)
+    rel_h, rel_w = _packed_rel_pos(rel_pos, q_grid)
+    problem = _problem(grids, None, rel_h, rel_w, dropout_p, is_causal, scale, q_index, kv_index, kv_bias)
     problem = problem._replace(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return problem, rows
+
+
+def _packed_rel_pos(rel_pos: tuple[Tensor, Tensor] | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The grids [1, Hq, Tq, gh], [1, Hq, Tq, gw] of packed rows [Tq, Hq, gh], [Tq, Hq, gw]."""
+    for name, x in rel_pos_parts(rel_pos):
+        if x.dim() != 3:
+            raise ValueError(f"rel_pos: {name} must be packed rows [Tq, Hq, cells], got {list(x.shape)}")
+    # how many keys a sequence has is known to who reads cu_seqlens
+    return as_rel_pos(None if rel_pos is None else (rel_pos[0].transpose(0, 1), rel_pos[1].transpose(0, 1)), (), query, None)
 
 
 def draw_seed(dropout_p: float) -> Tensor | None:

@@ -23,14 +23,16 @@ from tokenops.types import AttentionGradients, AttentionProblem
 _OPTIONS = "float dropout_p, bool is_causal, float scale"
 _DENSE = (
     "Tensor query, Tensor key, Tensor value, Tensor? q_index, Tensor? kv_index, Tensor? kv_bias, Tensor? attn_mask, "
-    f"Tensor? dropout_seed, {_OPTIONS}"
+    f"Tensor? rel_h, Tensor? rel_w, Tensor? dropout_seed, {_OPTIONS}"
 )
 _PACKED = (
     "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? q_index, Tensor? kv_index, Tensor? kv_bias, "
-    f"Tensor? dropout_seed, int? max_seqlen_q, int? max_seqlen_k, {_OPTIONS}"
+    f"Tensor? rel_h, Tensor? rel_w, Tensor? dropout_seed, int? max_seqlen_q, int? max_seqlen_k, {_OPTIONS}"
 )
 _RESULTS = "(Tensor out, Tensor lse, Tensor row_sq)"
-_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_mask)"
+_GRADIENTS = (
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_mask, Tensor grad_rel_h, Tensor grad_rel_w)"
+)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
@@ -52,14 +54,15 @@ def dense_problem(
     kv_index: Tensor | None,
     kv_bias: Tensor | None,
     attn_mask: Tensor | None,
+    rel_h: Tensor | None,  # [B, Hq, N, gh]
+    rel_w: Tensor | None,  # [B, Hq, N, gw]
     dropout_seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float,
 ) -> AttentionProblem:
-    return AttentionProblem(
-        query, key, value, q_index, kv_index, kv_bias, attn_mask, is_causal, scale, dropout_p, dropout_seed, None, None, None, None
-    )
+    lists = (q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w)
+    return AttentionProblem(query, key, value, *lists, is_causal, scale, dropout_p, dropout_seed, None, None, None, None)
 
 
 def packed_problem(
@@ -71,6 +74,8 @@ def packed_problem(
     q_index: Tensor | None,  # [1, 1|Hq, K]
     kv_index: Tensor | None,
     kv_bias: Tensor | None,  # [1, 1|Hkv, Tk]
+    rel_h: Tensor | None,  # [Tq, Hq, gh]
+    rel_w: Tensor | None,  # [Tq, Hq, gw]
     dropout_seed: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
@@ -79,15 +84,17 @@ def packed_problem(
     scale: float,
 ) -> AttentionProblem:
     query, key, value = (_packed_to_grid(x) for x in (query, key, value))
+    rel_h, rel_w = (None if x is None else _packed_to_grid(x) for x in (rel_h, rel_w))
+    lists = (q_index, kv_index, kv_bias, None, rel_h, rel_w)
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return AttentionProblem(query, key, value, q_index, kv_index, kv_bias, None, is_causal, scale, dropout_p, dropout_seed, *bounds)
+    return AttentionProblem(query, key, value, *lists, is_causal, scale, dropout_p, dropout_seed, *bounds)
 
 
 class _Form(NamedTuple):
     """How the dense and the packed operators differ. All that follows is written once for both."""
 
     name: str
-    differentiable: tuple[int, ...]  # positions of query, key, value, kv_bias, attn_mask among the arguments
+    differentiable: tuple[int | None, ...]  # of the fields of AttentionGradients: which argument it is
     problem: Callable[..., AttentionProblem]
     to_grid: Callable[[Tensor], Tensor]  # operator's shapes -> [B, H, N, C] or [B, H, N]
     from_grid: Callable[[Tensor], Tensor]
@@ -106,8 +113,8 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-DENSE = _Form("sparse_attention", (0, 1, 2, 5, 6), dense_problem, _same, _same)
-PACKED = _Form("sparse_attention_varlen", (0, 1, 2, 7), packed_problem, _packed_to_grid, _grid_to_packed)
+DENSE = _Form("sparse_attention", (0, 1, 2, 5, 6, 7, 8), dense_problem, _same, _same)
+PACKED = _Form("sparse_attention_varlen", (0, 1, 2, 7, None, 8, 9), packed_problem, _packed_to_grid, _grid_to_packed)
 
 
 def _forward(form: _Form, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,14 +206,16 @@ def _slots(problem: AttentionProblem) -> int:
 
 
 def _allocate_gradients(problem: AttentionProblem, wanted: list[bool]) -> AttentionGradients:
-    of_query, of_key, of_value, of_bias, of_mask = wanted
-    bias, mask = problem.kv_bias, problem.attn_mask
+    of_query, of_key, of_value, of_bias, of_mask, of_rel_h, of_rel_w = wanted
+    bias, mask, rel_h, rel_w = problem.kv_bias, problem.attn_mask, problem.rel_h, problem.rel_w
     return AttentionGradients(
         torch.empty_like(problem.query) if of_query else None,
         torch.empty_like(problem.key) if of_key else None,
         torch.empty_like(problem.value) if of_value else None,
         bias.new_empty(problem.key.shape[:3]) if of_bias and bias is not None else None,
         torch.empty_like(mask) if of_mask and mask is not None else None,
+        torch.empty_like(rel_h) if of_rel_h and rel_h is not None else None,
+        torch.empty_like(rel_w) if of_rel_w and rel_w is not None else None,
     )
 
 
@@ -214,8 +223,8 @@ def _gradients(form: _Form, problem: AttentionProblem, grads: AttentionGradients
     """What the operator returns: the bias's gradient summed down to its own shape, an empty tensor for each one not wanted."""
     if grads.kv_bias is not None and problem.kv_bias is not None:
         grads = grads._replace(kv_bias=grads.kv_bias.sum_to_size(problem.kv_bias.shape))
-    grids = [form.from_grid(grad) if grad is not None else None for grad in grads[:3]]
-    return tuple(problem.query.new_empty((0,)) if grad is None else grad for grad in (*grids, *grads[3:]))
+    grids = [form.from_grid(grad) if grad is not None else None for grad in (*grads[:3], *grads[5:])]
+    return tuple(problem.query.new_empty((0,)) if grad is None else grad for grad in (*grids[:3], *grads[3:5], *grids[3:]))
 
 
 def _save(form: _Form, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,13 +244,11 @@ def _differentiate(form: _Form, ctx: Any, grad_out: Tensor | None, *_: Any) -> t
     out, lse, *saved = ctx.saved_tensors
     tensors, options = iter(saved), iter(ctx.options)
     given = [next(tensors) if is_tensor else next(options) for is_tensor in ctx.tensors]
-    wanted = [ctx.needs_input_grad[at] for at in form.differentiable]
-    # a packed call has no mask
-    wanted += [False] * (5 - len(wanted))
+    wanted = [at is not None and ctx.needs_input_grad[at] for at in form.differentiable]
     operator = getattr(torch.ops.tokenops, f"{form.name}_backward").default
     grads = operator(grad_out, out, lse, *given, wanted, ctx.backend)
-    for at, want, grad in zip(form.differentiable, wanted, grads, strict=False):
-        if want:
+    for at, want, grad in zip(form.differentiable, wanted, grads, strict=True):
+        if at is not None and want:
             results[at] = grad
     return tuple(results)
 

@@ -14,8 +14,8 @@ from tokenops.ops.sparse_attention.operators import DENSE, PACKED, packed_proble
 from tokenops.reference import sparse_attention as reference
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
-# places of query, key, value and of the lists, bias and mask among the dense operator's arguments
-_GRIDS, _LISTS, _SEED = (0, 1, 2), (3, 4, 5, 6), 7
+# places of the lists, bias and mask among the dense operator's arguments, and of what stands behind all tensors with a batch
+_LISTS, _SEED = (3, 4, 5, 6), 9
 
 
 def _front(x: Tensor, dim: int | None) -> Tensor:
@@ -55,11 +55,12 @@ def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) 
     # each mapped call has a bias gradient of its own, so nothing may stay shared
     folded, batch = _folded(in_dims, info.batch_size, arguments, 3, True)
     results, wanted = [], arguments[-2]
+    places = [at for at in DENSE.differentiable if at is not None]
     for at, grad in enumerate(torch.ops.tokenops.sparse_attention_backward.default(*folded)):
         if wanted[at]:
             grad = grad.unflatten(0, (info.batch_size, batch))
-            given = arguments[3 + DENSE.differentiable[at]]
-            if _front(given, in_dims[3 + DENSE.differentiable[at]]).shape[1] == 1:
+            place = 3 + places[at]
+            if _front(arguments[place], in_dims[place]).shape[1] == 1:
                 grad = grad.sum(1, keepdim=True)
         results.append(grad)
     return tuple(results), tuple(0 if want else None for want in wanted)

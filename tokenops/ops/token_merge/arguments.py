@@ -42,15 +42,6 @@ def check_width(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have a width of at least 1, got {list(x.shape)}")
 
 
-def under_autocast(x: Tensor) -> Tensor:
-    """In autocast's dtype, as it treats the inputs of matrix products."""
-    kind = x.device.type
-    # meta tensors, for one, know no autocast
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
 def as_statistic(name: str, x: Tensor, grid_name: str, grid: Tensor, *, last: bool = False) -> Tensor:
     """[1|B, N] from numbers per token [N] | [B, N] (with ``last`` also [B, N, 1]), float32 (float64 with a float64 grid)."""
     check_tensor(name, x)

@@ -7,7 +7,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import check_tensor
+from tokenops.ops.arguments import check_tensor, under_autocast
 from tokenops.ops.token_merge import operators as operators
 from tokenops.ops.token_merge.arguments import (
     as_mask,
@@ -17,7 +17,6 @@ from tokenops.ops.token_merge.arguments import (
     check_grids,
     check_same_size,
     check_width,
-    under_autocast,
 )
 from tokenops.ops.token_merge.schemes import Request, as_scheme, with_masks
 from tokenops.types import MergePlan, Window

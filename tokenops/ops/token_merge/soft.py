@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenops.ops.arguments import check_device, check_tensor, refuse_forward_mode
+from tokenops.ops.arguments import check_device, check_tensor, refuse_forward_mode, under_autocast
 from tokenops.ops.token_merge import operators as operators
-from tokenops.ops.token_merge.arguments import as_statistic, check_grids, check_same_size, check_width, under_autocast
+from tokenops.ops.token_merge.arguments import as_statistic, check_grids, check_same_size, check_width
 from tokenops.reference.token_merge import check_temperature
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenops.dispatch import choose
-from tokenops.ops.arguments import as_bounds, as_int32, check_device, check_tensor, dense, refuse_forward_mode
+from tokenops.ops.arguments import as_bounds, as_int32, as_lists, check_device, check_tensor, dense, refuse_forward_mode
 from tokenops.ops.token_select.backends import BACKENDS
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import token_select as reference
@@ -133,22 +133,6 @@ def _rows(x: Tensor, lead: int) -> Tensor:
     """[..., W]: all that stands behind the first dimensions as one. Copied only if that is no view, or rows have gaps."""
     x = x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
     return dense(x)
-
-
-def as_lists(index: Tensor | TokenIndex, samples: int | None, other_name: str, other: Tensor) -> Tensor:
-    """[1|B, K] int32 from [K] | [B, K]."""
-    if isinstance(index, TokenIndex):
-        index = index.index
-    check_tensor("index", index)
-    if index.dtype == torch.bool:
-        raise TypeError("index must hold row ids (int32 or int64), got a bool mask: tokenops.index_from_mask makes an index of it")
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
-    fits = index.dim() == 2 and (samples is None or index.shape[0] in (1, samples))
-    if index.dim() != 1 and not fits:
-        raise ValueError(f"index must be [K] | [{'B' if samples is None else samples}, K], got {list(index.shape)}")
-    check_device("index", index, other_name, other)
-    return dense(as_int32(index if index.dim() == 2 else index.unsqueeze(0)))
 
 
 def _as_count(count: Tensor, x: Tensor) -> Tensor:

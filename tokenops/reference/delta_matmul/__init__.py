@@ -1,9 +1,9 @@
 """Work on what changed since the last frame: the executable specification, and a backend.
 
 Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``gate`` (what changed), ``linear`` (layers on
-listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on. Here they serve as a backend: results
-go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head width, C channels, O output
-channels.
+listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on, ``costs`` what they take. Here they
+serve as a backend: results go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head
+width, C channels, O output channels.
 """
 
 from __future__ import annotations
@@ -11,13 +11,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenops.reference.delta_matmul.attention import dense as dense
-from tokenops.reference.delta_matmul.attention import dense_gradients as dense_gradients
 from tokenops.reference.delta_matmul.attention import exact as exact
 from tokenops.reference.delta_matmul.attention import paper as paper
+from tokenops.reference.delta_matmul.attention import pooled as pooled
+from tokenops.reference.delta_matmul.attention import pooled_index as pooled_index
+from tokenops.reference.delta_matmul.attention import rotation as rotation
+from tokenops.reference.delta_matmul.costs import attention_bytes as attention_bytes
+from tokenops.reference.delta_matmul.costs import attention_flops as attention_flops
+from tokenops.reference.delta_matmul.costs import attention_flops_of as attention_flops_of
+from tokenops.reference.delta_matmul.costs import example_inputs as example_inputs
+from tokenops.reference.delta_matmul.costs import gate_bytes as gate_bytes
+from tokenops.reference.delta_matmul.costs import linear_bytes as linear_bytes
+from tokenops.reference.delta_matmul.costs import linear_flops as linear_flops
+from tokenops.reference.delta_matmul.costs import linear_flops_of as linear_flops_of
+from tokenops.reference.delta_matmul.costs import state_bytes as state_bytes
 from tokenops.reference.delta_matmul.gate import check_gate as check_gate
 from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
 from tokenops.reference.delta_matmul.gate import gated as gated
 from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
+from tokenops.reference.delta_matmul.linear import listed_gradients as listed_gradients
 from tokenops.reference.delta_matmul.linear import projected as projected
 from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients
 from tokenops.reference.delta_matmul.rows import listed as listed
@@ -26,7 +38,6 @@ from tokenops.reference.delta_matmul.rows import row_ids as row_ids
 from tokenops.reference.delta_matmul.rows import taken as taken
 from tokenops.reference.token_select import check_lists
 from tokenops.types import (
-    DeltaAttentionGradients,
     DeltaAttentionProblem,
     DeltaGate,
     DeltaState,
@@ -38,19 +49,17 @@ from tokenops.types import (
 )
 
 
-def attention(problem: DeltaAttentionProblem, state: DeltaState | None, out: Tensor, new: DeltaState) -> None:
-    """Fill out [B, H, N, Dv] and the new state."""
-    result, advanced = (paper if problem.paper else exact)(problem, state)
+def attention(problem: DeltaAttentionProblem, state: DeltaState, out: Tensor) -> None:
+    """Fill out [B, H, N, Dv] and bring the state, of which nothing is known in a first frame, up to this frame."""
+    old = None if problem.rows is None else state
+    if state.probability is None:
+        result, new = exact(problem, old)
+    else:
+        result, new = paper(problem, old, state.probability.dtype)
     out.copy_(result)
-    for target, part in zip(new, advanced, strict=True):
-        if target is not None and part is not None:
-            target.copy_(part)
-
-
-def attention_backward(problem: DeltaAttentionProblem, grad_out: Tensor, grads: DeltaAttentionGradients) -> None:
-    for wanted, result in zip(grads, dense_gradients(problem, grad_out), strict=True):
-        if wanted is not None and result is not None:
-            wanted.copy_(result)
+    for part, advanced in zip(state, new, strict=True):
+        if part is not None and advanced is not None:
+            part.copy_(advanced)
 
 
 def gate(problem: GateProblem, new: DeltaGate) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tokenops.reference.delta_matmul.rows import listed, row_ids, taken, wide
-from tokenops.types import DeltaAttentionGradients, DeltaAttentionProblem, DeltaState
+from tokenops.types import DeltaAttentionProblem, DeltaState
+
+_LOG2E = 1.0 / math.log(2.0)
 
 
 def dense(problem: DeltaAttentionProblem) -> Tensor:
     """[B, H, N, Dv]: what every mode gives in a first frame, and what is differentiated. Half types are computed in float32.
 
     logit[n, m] = scale <query[n], key[m]> + rel_h[n, m // gw] + rel_w[n, m % gw];  out[n] = sum_m softmax_m(logit[n])[m] value[m]
-
-    over cells m of the token grid, pooled if the problem says so.
     """
-    key, value = cells(problem)
-    return (_logits(problem, key).softmax(-1) @ value.to(wide(value))).to(problem.query.dtype)
+    return (_logits(problem, problem.key).softmax(-1) @ problem.value.to(wide(problem.value))).to(problem.query.dtype)
 
 
 def exact(problem: DeltaAttentionProblem, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
@@ -31,99 +32,77 @@ def exact(problem: DeltaAttentionProblem, state: DeltaState | None) -> tuple[Ten
     Here all rows are computed afresh and those taken that should be: this says what the numbers are, not how to save work.
     """
     p, dtype = problem, wide(problem.query)
-    key, value = cells(p)
-    fresh = _sums(_logits(p, key), value.to(dtype))
+    fresh = _sums(_logits(p, p.key) * _LOG2E, p.value.to(dtype))
     batch, _, tokens = p.query.shape[:3]
-    if p.index is None or state is None:
+    if state is None:
         turn = torch.zeros((), dtype=torch.int32, device=p.query.device)
-        return _divided(p, *fresh[::2]), DeltaState(fresh[2], value, key, fresh[1], fresh[0], fresh[0], turn, None)
+        return _divided(p, *fresh[::2]), DeltaState(fresh[2], p.value, p.key, fresh[1], fresh[0], fresh[0], turn, None)
     old_key, old_maximum, old_total, old_peak, old_turn = (_given(part) for part in state[2:7])
-    ids = changed_cells(p)
+    rows, ids = row_ids(_given(p.rows), batch, tokens), row_ids(_given(p.cells), batch, p.key.shape[2])
     empty = (ids < 0)[:, None, None, :]
     old, new = (
-        _logits(p, rows_of(grid, ids), ids).masked_fill(empty, -torch.inf) for grid in (old_key, key)
+        (_logits(p, rows_of(grid, ids), ids) * _LOG2E).masked_fill(empty, -torch.inf) for grid in (old_key, p.key)
     )  # [B, H, N, J], -inf adds nothing
     maximum = old_maximum if ids.shape[1] == 0 else torch.maximum(old_maximum, new.amax(-1))
-    shrink, gone, come = torch.exp(old_maximum - maximum), torch.exp(old - maximum[..., None]), torch.exp(new - maximum[..., None])
+    shrink, gone, come = torch.exp2(old_maximum - maximum), torch.exp2(old - maximum[..., None]), torch.exp2(new - maximum[..., None])
     total = old_total * shrink - gone.sum(-1) + come.sum(-1)
-    output = state.output * shrink[..., None] - gone @ rows_of(state.value, ids).to(dtype) + come @ rows_of(value, ids).to(dtype)
+    output = state.output * shrink[..., None] - gone @ rows_of(state.value, ids).to(dtype) + come @ rows_of(p.value, ids).to(dtype)
     peak = torch.maximum(old_peak * shrink, total)
 
-    row_changed = listed(row_ids(p.index, batch, tokens), tokens)
-    everything = (ids >= 0).sum(-1, keepdim=True) > p.crossover * key.shape[2]
+    everything = (ids >= 0).sum(-1, keepdim=True) > p.crossover * p.key.shape[2]
     slice_rows, turns = rotation(tokens, p.refresh)
-    its_turn = torch.zeros_like(row_changed)
+    its_turn = torch.zeros(tokens, dtype=torch.bool, device=ids.device)
     if turns > 0:
         its_turn = torch.arange(tokens, device=ids.device) // slice_rows == old_turn
     # a comparison with NaN is false
     sound = (total >= p.guard * peak) & (total > 0.0) & output.isfinite().all(-1)
-    afresh = (row_changed | everything | its_turn)[:, None, :] | ~sound
+    afresh = (listed(rows, tokens) | everything | its_turn)[:, None, :] | ~sound
     total, maximum, output = (
         torch.where(afresh, fresh[0], total),
         torch.where(afresh, fresh[1], maximum),
         torch.where(afresh[..., None], fresh[2], output),
     )
     turn = (old_turn + 1) % max(turns, 1)
-    return _divided(p, total, output), DeltaState(output, value, key, maximum, total, torch.where(afresh, total, peak), turn, None)
+    return _divided(p, total, output), DeltaState(
+        output, p.value, p.key, maximum, total, torch.where(afresh, total, peak), turn.to(torch.int32), None
+    )
 
 
-def paper(problem: DeltaAttentionProblem, state: DeltaState | None) -> tuple[Tensor, DeltaState]:
+def paper(problem: DeltaAttentionProblem, state: DeltaState | None, stored: torch.dtype) -> tuple[Tensor, DeltaState]:
     """The published update: the result is P V, where column j of P is that of the attention matrix when cell j was last listed.
 
     With J the changed cells, A the attention matrix of this frame: out += A[:, J] dV + (A[:, J] - P[:, J]) V_old; P[:, J] = A[:, J].
-    What became of the other columns is discarded, so rows of P need not sum to 1. P and V are stored in the dtype of ``cast`` (of value).
+    What became of the other columns is discarded, so rows of P need not sum to 1. P and V are ``stored`` in this dtype.
     """
     p, dtype = problem, wide(problem.query)
-    key, value = cells(p)
-    stored = p.value.dtype if p.cast is None else p.cast
-    probability, value = _logits(p, key).softmax(-1).to(stored), value.to(stored)
-    if p.index is None or state is None:
-        output = probability.to(dtype) @ value.to(dtype)
-        return output.to(p.query.dtype), DeltaState(output, value, None, None, None, None, None, probability)
-    old_probability = _given(state.probability)
-    ids = changed_cells(p)
-    at = ids.clamp(min=0)[:, None, None, :].expand(*probability.shape[:3], -1)
-    empty = (ids < 0)[:, None, None, :]
-    before, after = (x.gather(3, at).to(dtype).masked_fill(empty, 0.0) for x in (old_probability, probability))
-    old, new = rows_of(state.value, ids).to(dtype), rows_of(value, ids).to(dtype)
-    output = state.output + after @ (new - old) + (after - before) @ old
-    columns = listed(ids, key.shape[2])[:, None, None, :]
-    probability = torch.where(columns, probability, old_probability)
+    attention, value = _logits(p, p.key).softmax(-1).mT.to(stored), p.value.to(stored)
+    if state is None:
+        output = attention.mT.to(dtype) @ value.to(dtype)
+        return output.to(p.query.dtype), DeltaState(output, value, None, None, None, None, None, attention)
+    probability, ids = _given(state.probability), row_ids(_given(p.cells), p.key.shape[0], p.key.shape[2])
+    before, after, old, new = (rows_of(grid, ids).to(dtype) for grid in (probability, attention, state.value, value))
+    output = state.output + after.mT @ (new - old) + (after - before).mT @ old
+    changed = listed(ids, p.key.shape[2])[:, None, :, None]
+    probability = torch.where(changed, attention, probability)
     return output.to(p.query.dtype), DeltaState(output, value, None, None, None, None, None, probability)
 
 
-def dense_gradients(problem: DeltaAttentionProblem, grad_out: Tensor) -> DeltaAttentionGradients:
-    """Of ``dense``, written out, because an operator runs below autograd. The state is constant to it."""
-    p, dtype = problem, wide(problem.query)
-    key, value = (x.to(dtype) for x in cells(p))
-    probability, grad = _logits(p, key).softmax(-1), grad_out.to(dtype)
-    d_probability = grad @ value.mT
-    d_logit = probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))
-    rel_h, rel_w = None, None
-    if p.rel_h is not None and p.rel_w is not None:
-        on_grid = d_logit.unflatten(-1, (p.rel_h.shape[3], p.rel_w.shape[3]))
-        rel_h, rel_w = on_grid.sum(-1), on_grid.sum(-2)
-    d_key = p.scale * (d_logit.mT @ p.query.to(dtype))
-    return DeltaAttentionGradients(p.scale * (d_logit @ key), _spread(p, d_key), _spread(p, probability.mT @ grad), rel_h, rel_w)
+def pooled(x: Tensor, grid: tuple[int, int], pool: tuple[int, int]) -> Tensor:
+    """[B, H, M, D]: averages over cells of the token grid, rounded to the dtype of x."""
+    (height, width), (pool_h, pool_w) = grid, pool
+    on_grid = x.to(wide(x)).unflatten(2, (height // pool_h, pool_h, width // pool_w, pool_w))
+    return on_grid.mean((3, 5)).flatten(2, 3).to(x.dtype)
 
 
-def cells(problem: DeltaAttentionProblem) -> tuple[Tensor, Tensor]:
-    """key [B, H, M, D] and value [B, H, M, Dv], averaged over the cells of the token grid if the problem pools; of their own dtype."""
-    return _pooled(problem, problem.key), _pooled(problem, problem.value)
-
-
-def changed_cells(problem: DeltaAttentionProblem) -> Tensor:
-    """[B, J] int64: the cells of the listed tokens, each once; -1 in empty slots."""
-    assert problem.index is not None
-    batch, _, tokens = problem.query.shape[:3]
-    ids = row_ids(problem.index, batch, tokens)
-    if problem.pooling is None:
-        return ids
-    _, width, pool_h, pool_w = problem.pooling
+def pooled_index(index: Tensor, grid: tuple[int, int], pool: tuple[int, int]) -> Tensor:
+    """[1|B, J] int32: the cells of the listed tokens, each once; -1 in empty slots. An id outside the grid gives no cell."""
+    (height, width), (pool_h, pool_w) = grid, pool
+    cells, slots = height // pool_h * (width // pool_w), index.shape[1]
+    ids = row_ids(index, index.shape[0], height * width)
     cell = ids // width // pool_h * (width // pool_w) + ids % width // pool_w
-    marked = listed(cell.masked_fill(ids < 0, -1), tokens // (pool_h * pool_w))
-    order = marked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, : ids.shape[1]]
-    return order.masked_fill(~marked.gather(1, order), -1)
+    marked = listed(cell.masked_fill(ids < 0, -1), cells)
+    order = marked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :slots]
+    return order.masked_fill(~marked.gather(1, order), -1).to(torch.int32)
 
 
 def rotation(tokens: int, refresh: int) -> tuple[int, int]:
@@ -135,12 +114,12 @@ def rotation(tokens: int, refresh: int) -> tuple[int, int]:
 
 
 def rows_of(grid: Tensor, ids: Tensor) -> Tensor:
-    """[B, H, J, D]: the listed rows of a grid [B, H, M, D], the same for every head."""
+    """[B, H, J, D]: the listed rows of a grid [B, H, M, D], the same for every head; 0 in empty slots."""
     return taken(grid.flatten(0, 1), ids.repeat_interleave(grid.shape[1], 0)).unflatten(0, grid.shape[:2])
 
 
 def _given(part: Tensor | None) -> Tensor:
-    """A part of the state that its mode has."""
+    """A part that goes with the mode."""
     assert part is not None
     return part
 
@@ -158,28 +137,11 @@ def _logits(p: DeltaAttentionProblem, key: Tensor, ids: Tensor | None = None) ->
 
 
 def _sums(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(l, m, o) of each row: denominator and numerator of the softmax average, both times exp(-m)."""
+    """(l, m, o) of each row: denominator and numerator of the softmax average, both times 2 ** -m. Logits are in units of ln 2."""
     maximum = logits.amax(-1)
-    weight = torch.exp(logits - maximum[..., None])
+    weight = torch.exp2(logits - maximum[..., None])
     return weight.sum(-1), maximum, weight @ value
 
 
 def _divided(p: DeltaAttentionProblem, total: Tensor, output: Tensor) -> Tensor:
     return (output / total[..., None]).to(p.query.dtype)
-
-
-def _pooled(p: DeltaAttentionProblem, x: Tensor) -> Tensor:
-    if p.pooling is None:
-        return x
-    height, width, pool_h, pool_w = p.pooling
-    on_grid = x.to(wide(x)).unflatten(2, (height // pool_h, pool_h, width // pool_w, pool_w))
-    return on_grid.mean((3, 5)).flatten(2, 3).to(x.dtype)
-
-
-def _spread(p: DeltaAttentionProblem, grad: Tensor) -> Tensor:
-    """The transpose of ``_pooled``."""
-    if p.pooling is None:
-        return grad
-    height, width, pool_h, pool_w = p.pooling
-    on_grid = grad.unflatten(2, (height // pool_h, width // pool_w)) / (pool_h * pool_w)
-    return on_grid.repeat_interleave(pool_h, 2).repeat_interleave(pool_w, 3).flatten(2, 3)
