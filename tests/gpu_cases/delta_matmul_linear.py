@@ -67,7 +67,7 @@ CASES = [
         for name in ("gelu_tanh", "relu", "silu")
     ),
     # widths that fill no block, or that no wide load fits
-    *(Linear(slots=100, widths=widths, activation="none", **kind) for kind in _KINDS for widths in ((96, 288), (20, 12), (99, 33))),
+    *(Linear(slots=100, widths=widths, activation="none", **kind) for kind in _KINDS for widths in ((96, 288), (20, 12), (99, 333))),
     *(Linear(widths=(768, 2304), activation="none", norm=False, **kind) for kind in _KINDS),
     Linear(dtype=torch.float16),
 ]

@@ -23,14 +23,21 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# (kernel, bytes of an element): the largest blocks that spill no register on any architecture that ``make gpu-check`` compiles for, and
-# smaller ones for problems that have too few of those to keep a GPU busy. None was chosen by time. float32 products run on the ordinary
-# cores unless TF32 is allowed, and those hold both operands in registers.
+class Choice(NamedTuple):
+    """Blocks of a kernel, by problem."""
+
+    large: Blocks
+    small: Blocks  # for problems that have too few large ones to keep a GPU busy
+    narrow: Blocks  # for rows that begin anywhere: they are read element by element, which takes more registers
+
+
+# (kernel, bytes of an element): the largest blocks that spill no register on any architecture that ``make gpu-check`` compiles for. None
+# was chosen by time. float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers.
 TABLE = {
-    ("layer", 2): (Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 3)),
-    ("layer", 4): (Blocks(64, 64, 16, 8, 2), Blocks(32, 32, 16, 4, 2)),
-    ("layer_parameters", 2): (Blocks(32, 128, 128, 8, 3), Blocks(32, 64, 64, 4, 3)),
-    ("layer_parameters", 4): (Blocks(16, 64, 64, 8, 2), Blocks(16, 32, 32, 4, 2)),
+    ("layer", 2): Choice(Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 3), Blocks(64, 64, 16, 4, 2)),
+    ("layer", 4): Choice(Blocks(64, 64, 16, 8, 2), Blocks(32, 32, 16, 4, 2), Blocks(32, 32, 16, 4, 2)),
+    ("layer_parameters", 2): Choice(Blocks(32, 128, 128, 8, 3), Blocks(32, 64, 64, 4, 3), Blocks(16, 64, 64, 4, 2)),
+    ("layer_parameters", 4): Choice(Blocks(16, 64, 64, 8, 2), Blocks(16, 32, 32, 4, 2), Blocks(16, 32, 32, 4, 2)),
 }
 
 
@@ -109,7 +116,7 @@ def _layer(
     from tokenops.triton.delta_matmul import linear_kernels as kernels
 
     lists, (outputs, width) = slots_of(p.index, p.x), weight.shape
-    cut = _cut("layer", p.x, slots=lists["total"], outputs=outputs)
+    cut = _cut("layer", p, (width, outputs), slots=lists["total"], outputs=outputs)
     launch(
         kernels.layer,
         _programs(cut, slots=lists["total"], outputs=outputs),
@@ -153,7 +160,7 @@ def _parameters(
     if of_weight is None and of_bias is None:
         return
     lists, outputs, width = slots_of(p.index, p.x), grad.shape[2], a.shape[2]
-    cut = _cut("layer_parameters", p.x, outputs=outputs, channels=width)
+    cut = _cut("layer_parameters", p, (width, outputs), outputs=outputs, channels=width)
     launch(
         kernels.layer_parameters,
         # the first block of columns has the bias
@@ -180,11 +187,18 @@ def _normalization_arguments(norm: Normalization | None) -> dict[str, Tensor | N
     return dict(zip(("norm_weight", "norm_bias", "mean", "inverse"), given, strict=True))
 
 
-def _cut(kernel: str, on: Tensor, **result: int) -> Blocks:
-    """The largest blocks that keep every processor of the device busy; ``result``: the sizes that a kernel's programs divide."""
-    table = TABLE[kernel, on.element_size()]
-    large, small = (cut._replace(**{name: min(getattr(cut, name), _pad(size)) for name, size in result.items()}) for cut in table)
-    return small if interpreting() or _programs(large, **result) < processors(on.get_device()) else large
+def _cut(kernel: str, p: LinearProblem, widths: tuple[int, int], **result: int) -> Blocks:
+    """How to cut a product of rows of these widths; ``result``: the sizes that the kernel's programs divide."""
+    choice = TABLE[kernel, p.x.element_size()]
+    if any(width % 16 for width in widths):
+        return _fitted(choice.narrow, result)
+    large = _fitted(choice.large, result)
+    few = interpreting() or _programs(large, **result) < processors(p.x.get_device())
+    return _fitted(choice.small, result) if few else large
+
+
+def _fitted(cut: Blocks, result: dict[str, int]) -> Blocks:
+    return cut._replace(**{name: min(getattr(cut, name), _pad(size)) for name, size in result.items()})
 
 
 def _programs(cut: Blocks, **result: int) -> int:
