@@ -68,20 +68,20 @@ def _is_the_definition(problem: GateProblem, slots: int) -> None:
         launchers.gate(p._replace(reference=old), again)
         for name, have, expect in zip(DeltaGate._fields, again, new, strict=True):
             assert torch.equal(have, expect), name
-    x = p.x if p.skip is None else new.total
-    given = [
-        tensor(*shape, seed=seed, dtype=dtype) for seed, shape in ((6, new.values.shape), (7, new.delta.shape), (8, x.shape), (9, x.shape))
-    ]
-    first = p.reference is None
-    for missing in (None, 0, 1, 2, 3):
-        of_results = [None if at == missing else grad for at, grad in enumerate(given)]
-        backward = GateBackwardProblem(x, p.norm_weight, p.norm_bias, p.norm_eps, new.index, p.whole, first, *of_results)
-        grads = [torch.full(x.shape, 7, dtype=dtype), None if first else torch.full(x.shape, 7, dtype=dtype)]
-        grads += [None, None] if p.norm_weight is None else [torch.full(p.norm_weight.shape, 7.0) for _ in range(2)]
-        launchers.gate_backward(backward, GateGradients(*grads))
-        for name, have, expect in zip(GateGradients._fields, grads, reference.gate_gradients(_wide(backward)), strict=True):
-            if have is not None:
-                assert_close(f"gradient of {name}", have, expect, dtype)
+    _gradients_are_the_definition(p, new)
+
+
+def _gradients_are_the_definition(p: GateProblem, new: DeltaGate, missing: int | None = None) -> None:
+    x, first = p.x if p.skip is None else new.total, p.reference is None
+    shapes = (new.values.shape, new.delta.shape, x.shape, x.shape)
+    given = [None if at == missing else tensor(*shape, seed=6 + at, dtype=x.dtype) for at, shape in enumerate(shapes)]
+    backward = GateBackwardProblem(x, p.norm_weight, p.norm_bias, p.norm_eps, new.index, p.whole, first, *given)
+    grads = [torch.full(x.shape, 7, dtype=x.dtype), None if first else torch.full(x.shape, 7, dtype=x.dtype)]
+    grads += [None, None] if p.norm_weight is None else [torch.full(p.norm_weight.shape, 7.0) for _ in range(2)]
+    launchers.gate_backward(backward, GateGradients(*grads))
+    for name, have, expect in zip(GateGradients._fields, grads, reference.gate_gradients(_wide(backward)), strict=True):
+        if have is not None:
+            assert_close(f"gradient of {name}", have, expect, x.dtype)
 
 
 FORMS: dict[str, tuple[dict[str, Any], int]] = {
@@ -105,6 +105,16 @@ for _form_, (_options_, _slots_) in FORMS.items():
 def normalised_changes_choose() -> None:
     """In float32: half types may choose others among changes of one size."""
     _is_the_definition(_problem(norm=True, skip=True), 17)
+
+
+@CHECKS.add
+def a_gradient_that_is_not_there_is_zero() -> None:
+    for more in ({}, {"norm": True}, {"whole": True}):
+        problem = _problem(rows=9, width=12, **more)
+        new = _results(problem, 4)
+        launchers.gate(problem, new)
+        for missing in range(4):
+            _gradients_are_the_definition(problem, new, missing)
 
 
 @CHECKS.add
