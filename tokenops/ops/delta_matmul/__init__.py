@@ -1,5 +1,6 @@
 """Work on the tokens that changed since the last frame: the door of this room. Behind it: reference/ under the same name."""
 
+from tokenops.ops.delta_matmul import transforms as transforms
 from tokenops.ops.delta_matmul.attention import delta_attention as delta_attention
 from tokenops.ops.delta_matmul.attention import delta_attention_ as delta_attention_
 from tokenops.ops.delta_matmul.backends import BACKENDS as BACKENDS

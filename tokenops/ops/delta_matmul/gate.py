@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -154,9 +153,10 @@ def _arguments(
     for name, grid in (("reference", reference), ("skip", skip)):
         if grid is not None:
             check_like(name, grid, tuple(x.shape), "[B, N, C]", "x", x)
-    if math.isnan(order) or order < 0.0:
+    # NaN is not either
+    if not order >= 0.0:
         raise ValueError(f"order must not be negative, got {order}")
-    if threshold is not None and threshold < 0.0:
+    if threshold is not None and not threshold >= 0.0:
         raise ValueError(f"threshold must not be negative (a norm never is), got {threshold}")
     given = [name for name, how in (("k", k), ("fraction", fraction), ("threshold", threshold), ("index", index)) if how is not None]
     if len(given) > 1 or (not given and reference is not None):

@@ -1,9 +1,9 @@
 """Work on what changed since the last frame: the executable specification, and a backend.
 
 Each file holds one definition, differentiable and in float64 if asked, with its gradients: ``gate`` (what changed), ``linear`` (layers on
-listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on. Here they serve as a backend: results
-go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head width, C channels, O output
-channels.
+listed rows), ``attention`` (on buffers of which a few rows changed). ``rows`` is what they stand on, ``costs`` what they take. Here they
+serve as a backend: results go where the caller says. Letters: B batch, N tokens of a frame, M key cells, K slots of a list, H heads, D head
+width, C channels, O output channels.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from tokenops.reference.delta_matmul.attention import paper as paper
 from tokenops.reference.delta_matmul.attention import pooled as pooled
 from tokenops.reference.delta_matmul.attention import pooled_index as pooled_index
 from tokenops.reference.delta_matmul.attention import rotation as rotation
+from tokenops.reference.delta_matmul.costs import attention_bytes as attention_bytes
+from tokenops.reference.delta_matmul.costs import attention_flops as attention_flops
+from tokenops.reference.delta_matmul.costs import attention_flops_of as attention_flops_of
+from tokenops.reference.delta_matmul.costs import example_inputs as example_inputs
+from tokenops.reference.delta_matmul.costs import gate_bytes as gate_bytes
+from tokenops.reference.delta_matmul.costs import linear_bytes as linear_bytes
+from tokenops.reference.delta_matmul.costs import linear_flops as linear_flops
+from tokenops.reference.delta_matmul.costs import linear_flops_of as linear_flops_of
+from tokenops.reference.delta_matmul.costs import state_bytes as state_bytes
 from tokenops.reference.delta_matmul.gate import check_gate as check_gate
 from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
 from tokenops.reference.delta_matmul.gate import gated as gated
 from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
+from tokenops.reference.delta_matmul.linear import listed_gradients as listed_gradients
 from tokenops.reference.delta_matmul.linear import projected as projected
 from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients
 from tokenops.reference.delta_matmul.rows import listed as listed
