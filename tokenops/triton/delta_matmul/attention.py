@@ -21,6 +21,7 @@ from tokenops.triton.launch import (
 from tokenops.triton.sparse_attention.tiles import TABLE, Rows, Tiles, choose_tiles, pad_heads
 from tokenops.types import DeltaAttentionProblem, DeltaState
 
+
 def _rows(listed: Tiles, gathered: Tiles) -> Rows:
     return Rows(plain=listed, biased=listed, masked=gathered)
 
