@@ -6,7 +6,7 @@ import fnmatch
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,7 @@ from .harness import Case, Request, case_id
 from .record import Record
 from .roof import measure_roof
 
-ROOMS = ("sparse_attention", "token_select", "token_merge")
+ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
 
 # seconds of timing for each case, all contenders together
 BUDGET = {"quick": 1.0, "full": 6.0}
@@ -106,7 +106,7 @@ def bench(
 
     Every contender of a case gets the same inputs in the same process; its result is checked against the float64 reference, and a wrong one
     gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention,
-    token_select, token_merge. Without one, all are run. Exit status 1: a result of ours was wrong.
+    token_select, token_merge, delta_matmul. Without one, all are run. Exit status 1: a result of ours was wrong.
 
     \b
     tokenops bench                                       the quick preset
@@ -117,7 +117,8 @@ def bench(
     allocator.restart(sys.argv[1:], isa)
     if threads is not None:
         harness.use_threads(threads)
-    request = Request(device, backends, cache(lambda clips: video.read_tokens(video_path or video.EXCERPT, clips)), preset == "full")
+    film = video_path or video.EXCERPT
+    request = Request(device, backends, cache(partial(video.read_tokens, film)), preset == "full", cache(partial(video.read_frames, film)))
     modules = {room: _room(room) for room in rooms or ROOMS}
     _check_backends(backends, modules)
     chosen = [(room, case) for room, module in modules.items() for case in select_cases(module.CASES, preset, dtypes, patterns)]

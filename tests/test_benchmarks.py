@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ from tokenops.benchmarks import (
     allocator,
     chart,
     compare,
+    delta_matmul,
     harness,
     picture,
     record,
@@ -72,9 +74,32 @@ MERGE = (
     token_merge.Case("small-unmerge", "unmerge", 41, 7, batch=2, channels=24, width=16),
     token_merge.Case("small-into-meta", "soft merge", 41, meta=5, batch=2, channels=24, width=16),
 )
-ROOMS = {"sparse_attention": (sparse_attention, TINY), "token_select": (token_select, SELECT), "token_merge": (token_merge, MERGE)}
+DELTA = (
+    delta_matmul.Case("scant-attention", "attention", 9, 40, 32, 2),
+    delta_matmul.Case("scant-attention-functional", "attention", 9, 40, 32, 2, in_place=False),
+    delta_matmul.Case("scant-attention-paper", "attention", 9, 40, 32, 2, mode="paper"),
+    delta_matmul.Case("scant-attention-film", "attention", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
+    delta_matmul.Case("scant-first-frame", "flush", 40, 40, 32, 2),
+    delta_matmul.Case("scant-scene-cut", "attention", 40, 40, 32, 2),
+    delta_matmul.Case("scant-block", "block", 9, 40, 32, 2),
+    delta_matmul.Case("scant-block-film", "block", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
+    delta_matmul.Case("scant-gate", "gate", 9, 40, 32),
+    delta_matmul.Case("scant-gate-functional", "gate", 9, 40, 32, in_place=False),
+    delta_matmul.Case("scant-linear", "linear", 9, 40, 32, outputs=24),
+    delta_matmul.Case("scant-mlp", "mlp", 9, 40, 32, outputs=64),
+    delta_matmul.Case("scant-compact", "linear", 9, 40, 32, outputs=24, in_place=False),
+)
+ROOMS = {
+    "sparse_attention": (sparse_attention, TINY),
+    "token_select": (token_select, SELECT),
+    "token_merge": (token_merge, MERGE),
+    "delta_matmul": (delta_matmul, DELTA),
+}
 CASES = [(module, case) for module, cases in ROOMS.values() for case in cases]
-BOTH_WAYS = [(m, case) for m, case in CASES if getattr(case, "operation", "") not in ("top-k", "threshold", "match + merge")]
+FORWARD = ("top-k", "threshold", "match + merge")
+BOTH_WAYS = [
+    (m, case) for m, case in CASES if getattr(case, "operation", "") not in FORWARD and (m is not delta_matmul or case in DELTA[-1:])
+]
 
 
 def names(pair: tuple[object, harness.Case]) -> str:
@@ -83,8 +108,8 @@ def names(pair: tuple[object, harness.Case]) -> str:
 
 @pytest.fixture(scope="module")
 def request_for_tiny() -> Request:
-    tokens = video.read_tokens(video.EXCERPT, 2)
-    return Request(video=lambda clips: tokens)
+    tokens, film = video.read_tokens(video.EXCERPT, 2), video.read_frames(video.EXCERPT)
+    return Request(video=lambda clips: tokens, film=lambda: film)
 
 
 @pytest.fixture
@@ -168,7 +193,9 @@ QUICK = [(module, case) for module, _ in ROOMS.values() for case in module.CASES
 @pytest.mark.full
 @pytest.mark.parametrize(("room", "case"), QUICK, ids=[harness.case_id(case) for _, case in QUICK])
 def test_quick_preset_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest) -> None:
-    _run_under_pytest_benchmark(room, case, request, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+    _run_under_pytest_benchmark(
+        room, case, request, Request(video=partial(video.read_tokens, video.EXCERPT), film=partial(video.read_frames, video.EXCERPT))
+    )
 
 
 def _run_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest, wish: Request) -> None:
@@ -262,7 +289,9 @@ def test_lists_are_right_by_the_scores_in_them() -> None:
 def test_near_duplicates_of_the_excerpt() -> None:
     """Real tokens repeat, so that a threshold has something to merge; the benchmark says how much."""
     film = next(case for case in token_merge.CASES if case.threshold is not None)._replace(channels=8)
-    trial = token_merge.prepare(film, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+    trial = token_merge.prepare(
+        film, Request(video=partial(video.read_tokens, video.EXCERPT), film=partial(video.read_frames, video.EXCERPT))
+    )
     found = re.match(r"(\d+) of 6276 tokens \((\d+) %\) are more similar than 0.9", trial.remark)
     assert found, trial.remark
     assert 15 < int(found[2]) < 45
