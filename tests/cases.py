@@ -111,6 +111,35 @@ def with_bias(form: str) -> Callable[[Call], Call]:
     return change
 
 
+def with_rel_pos(height: int, width: int, form: str = "BHN", rel_dtype: torch.dtype | None = None) -> Callable[[Call], Call]:
+    """A rel_pos for keys on such a grid; a letter in lower case is a size of 1 (shared), a missing letter a missing dimension."""
+
+    def change(call: Call) -> Call:
+        query = call["query"]
+        sizes = dict(zip("BHN", query.shape[:3], strict=True))
+        generator = torch.Generator().manual_seed(10)
+        leading = [sizes[letter] if letter.isupper() else 1 for letter in form]
+        rel = (torch.randn(*leading, cells, generator=generator, dtype=torch.float64) for cells in (height, width))
+        dtype = query.dtype if rel_dtype is None or query.dtype == torch.float64 else rel_dtype
+        return {**call, "rel_pos": tuple(part.to(query.device, dtype) for part in rel)}
+
+    return change
+
+
+def with_hidden_cells(call: Call) -> Call:
+    """-inf in rel_pos hides a row or a column of keys; one query sees none at all."""
+    rel_h, rel_w = (part.masked_fill(part < -1.0, -torch.inf) for part in call["rel_pos"])
+    rel_h[:, :, 2] = -torch.inf
+    return {**call, "rel_pos": (rel_h, rel_w)}
+
+
+def with_strided_rel_pos(call: Call) -> Call:
+    """Rows with gaps, as slices of one wider result; and a last dimension that is not dense."""
+    rel_h, rel_w = call["rel_pos"]
+    wide = torch.nn.functional.pad(rel_h.transpose(1, 2), (3, 2), value=torch.nan).transpose(1, 2)
+    return {**call, "rel_pos": (wide[..., 3 : 3 + rel_h.shape[-1]], rel_w.mT.contiguous().mT)}
+
+
 def with_empty_rows(call: Call) -> Call:
     """One sample sees no key, one query row of the other is masked out altogether, and one list is empty."""
     rows, keys = call["query"].shape[2], call["key"].shape[2]
@@ -152,6 +181,7 @@ def _sizes(batch: int, heads: int, query_rows: int, key_rows: int, width: int, *
 
 _SMALL = _sizes(2, 3, 19, 23, 16)
 _KEPT = {**_SMALL, "kept": 11, "kv_kept": 13}
+_LONG_LISTS = {**_sizes(2, 2, 260, 240, 32), "kept": 180, "kv_kept": 200, "lists": "head"}
 
 # a small call with a list for every head, for tests that need one call and not a sweep
 LISTED: dict[str, Any] = {
@@ -199,7 +229,7 @@ CASES = (
     Case("key list", {**_SMALL, "kv_kept": 13}),
     *(Case(f"lists per {lists}", {**_KEPT, "lists": lists}) for lists in ("shared", "sample", "head")),
     *(Case(f"empty slots in lists per {lists}", {**_KEPT, "lists": lists, "empty": 0.4}) for lists in ("shared", "sample", "head")),
-    Case("long ragged lists", {**_sizes(2, 2, 260, 240, 32), "kept": 180, "kv_kept": 200, "lists": "head", "empty": 0.3}),
+    Case("long ragged lists", {**_LONG_LISTS, "empty": 0.3}),
     Case("lists out of order", {**_KEPT, "lists": "head", "empty": 0.2}, with_scattered_lists),
     Case("64-bit lists", _KEPT, lambda call: {**call, "q_index": call["q_index"].long(), "kv_index": call["kv_index"].long()}),
     Case(
@@ -240,6 +270,30 @@ CASES = (
     Case("causal with lists", {**_KEPT, "lists": "head", "empty": 0.3}, with_(is_causal=True)),
     Case("causal with lists out of order", {**_KEPT, "lists": "head", "empty": 0.2}, both(with_scattered_lists, with_(is_causal=True))),
     Case("causal, mask, lists, bias", {**_KEPT, "lists": "head", "empty": 0.2, "bias": True}, with_mask("bool", "BhNM", is_causal=True)),
+    # positions on a grid of keys
+    Case("positions", {**_SMALL, "key_rows": 24}, with_rel_pos(4, 6)),
+    # no grids of one row: a term that all logits of a query share has no gradient, only its rounding
+    Case("positions in two rows", {**_SMALL, "key_rows": 24}, with_rel_pos(2, 12)),
+    Case("positions in two columns", {**_SMALL, "key_rows": 24}, with_rel_pos(12, 2)),
+    Case("positions of float32", {**_SMALL, "key_rows": 24}, with_rel_pos(4, 6, "BHN", torch.float32)),
+    *(Case(f"positions {form}", {**_SMALL, "key_rows": 24}, with_rel_pos(6, 4, form)) for form in ("bHN", "BhN", "HN", "N")),
+    Case("positions in a window", _sizes(2, 2, 196, 196, 32), with_rel_pos(14, 14)),
+    Case("positions over several blocks", _sizes(1, 2, 150, 300, 16), with_rel_pos(12, 25)),
+    Case("positions of a short sequence", _sizes(5, 3, 16, 16, 16), with_rel_pos(4, 4)),
+    Case("positions of few keys", _sizes(2, 2, 130, 4, 16), with_rel_pos(2, 2)),
+    Case("positions and lists", {**_KEPT, "key_rows": 24, "lists": "head", "empty": 0.3}, with_rel_pos(4, 6)),
+    Case(
+        "positions and lists out of order",
+        {**_KEPT, "key_rows": 24, "lists": "head", "empty": 0.2},
+        both(with_scattered_lists, with_rel_pos(6, 4)),
+    ),
+    Case("positions and long ragged lists", {**_LONG_LISTS, "empty": 0.3}, with_rel_pos(15, 16)),
+    Case("positions, grouped heads, bias", {**_KEPT, "key_rows": 24, "heads": 6, "kv_heads": 2, "bias": True}, with_rel_pos(4, 6)),
+    Case("positions, mask, causal, lists", {**_KEPT, "key_rows": 24}, both(with_rel_pos(4, 6), with_mask("bool", "BhNM", is_causal=True))),
+    Case("positions and float mask", {**_SMALL, "key_rows": 24}, both(with_rel_pos(4, 6), with_mask("infinite", "BHNM"))),
+    Case("hidden positions", {**_SMALL, "key_rows": 24}, both(with_rel_pos(4, 6), with_hidden_cells)),
+    Case("strided positions", {**_SMALL, "key_rows": 24}, both(with_rel_pos(4, 6), with_strided_rel_pos)),
+    Case("positions, zero scale", {**_SMALL, "key_rows": 24}, both(with_rel_pos(4, 6), with_(scale=0.0))),
     # scale and magnitude
     Case("scale", _SMALL, with_(scale=0.7)),
     Case("negative scale", {**_SMALL, "bias": True}, with_(scale=-0.3)),

@@ -399,8 +399,8 @@ def test_the_definition_passes_gradcheck() -> None:
 
 def test_gradients_flow_from_frame_to_frame_through_the_buffers(backend: str, device: str) -> None:
     """A token that did not change reaches the second frame's loss through the buffer it still stands in."""
-    grid = normal(1, 1, 6, 4, device=device).requires_grad_()
-    rows = normal(1, 1, 4, device=device, seed=1).requires_grad_()
+    grid = normal(1, 1, 6, 8, device=device).requires_grad_()
+    rows = normal(1, 1, 8, device=device, seed=1).requires_grad_()
     index = torch.tensor([2], device=device)
     first, state = tokenops.delta_attention(grid, grid, grid, backend=backend)
     buffer = tokenops.update_tokens(grid.squeeze(1), rows, index=index, backend=backend).unsqueeze(1)

@@ -273,8 +273,6 @@ def test_double_backward_and_forward_mode_are_refused(name: str, device: str) ->
 
 
 def test_a_compiled_wing_that_is_not_there_says_so(device: str) -> None:
-    with pytest.raises(NotImplementedError, match=r"cpu: delta_matmul has no C\+\+ kernels yet"):
-        tokenops.gathered_linear(torch.ones(1, 2, 3), torch.ones(2, 3), index=torch.tensor([0]), backend="cpu")
     with pytest.raises(NotImplementedError, match="triton: delta_matmul has no Triton kernels yet"):
         tokenops.gathered_linear(torch.ones(1, 2, 3), torch.ones(2, 3), index=torch.tensor([0]), backend="triton")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, Call, Case, as_bshd, build, with_bias, with_mask
+from cases import CASES, Call, Case, as_bshd, build, with_bias, with_mask, with_rel_pos
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import DIFFERENTIABLE, assert_close, assert_right, assert_same_bits, computed, expected, problem_of
@@ -45,8 +45,9 @@ def test_reference_backward_is_autograd_of_the_definition(case: Case, device: st
         with_mask("float", "BHNM"),
         with_mask("float", "bhNm", is_causal=True),
         with_mask("bool", "BHNM", dropout_p=0.3),
+        with_rel_pos(2, 3),
     ],
-    ids=["lists", "bias", "float mask", "shared mask, causal", "bool mask, dropout"],
+    ids=["lists", "bias", "float mask", "shared mask, causal", "bool mask, dropout", "rel_pos"],
 )
 def test_definition_passes_gradcheck(change: Callable[[Call], Call]) -> None:
     sizes = {"batch": 2, "heads": 2, "query_rows": 5, "key_rows": 6, "width": 3, "value_width": 2, "kv_heads": 1, "kept": 3, "kv_kept": 4}
@@ -125,6 +126,27 @@ def test_masks_broadcast_as_in_sdpa(shape: list[int], kind: str, backend: str, d
     assert_close("out", got, want, torch.float32)
     five = tokenops.sparse_attention(q[None], k[None], v[None], mask, backend=backend)
     assert_close("out of a 5-D call", five[0], want, torch.float32)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (1, 24), (24, 1)], ids=str)
+def test_rel_pos_is_a_mask_of_rows_and_columns(grid: tuple[int, int], backend: str, device: str) -> None:
+    """In every rank of the call, also as broadcast; and past a kept list, which counts cells of the full grid."""
+    call = build(Case("", {**LISTED, "key_rows": 24, "empty": 0.0, "rel_grid": grid}), torch.float32, device)
+    rel_h, rel_w = call["rel_pos"]
+    call["rel_pos"] = rel_h[:1], rel_w
+    mask = (rel_h[:1, ..., :, None] + rel_w[..., None, :]).flatten(-2)
+    plain = {name: x for name, x in call.items() if name not in ("rel_pos", "q_index", "kv_index")}
+    for arguments in (call, {**plain, "rel_pos": call["rel_pos"]}):
+        masked = {name: x for name, x in arguments.items() if name != "rel_pos"} | {"attn_mask": mask}
+        got = tokenops.sparse_attention(**arguments, backend=backend)
+        assert_close("out", got, tokenops.sparse_attention(**masked, backend=backend), torch.float32)
+    want = tokenops.sparse_attention(**plain, attn_mask=mask, backend=backend)
+    for place in ((0,), (0, 0)):
+        part = {name: x[place] for name, x in plain.items()}
+        got = tokenops.sparse_attention(**part, rel_pos=(rel_h[place], rel_w[place]), backend=backend)
+        assert_close("out", got, want[place], torch.float32)
+    five = {name: x[None] for name, x in plain.items()}
+    assert_close("out", tokenops.sparse_attention(**five, rel_pos=call["rel_pos"], backend=backend)[0], want, torch.float32)
 
 
 def test_lists_have_the_leading_dimensions_of_the_query(backend: str, device: str) -> None:

@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize(("kernel", "itemsize"), TABLE, ids=str)
 def test_tiles_fit_the_device_and_the_problem(kernel: str, itemsize: int, mask: int, limit: int | None) -> None:
     for head, value_head, slots, biased in itertools.product(WIDTHS, (8, 64, 256), (1, 8, 17, 32, 64, 5000), (False, True)):
-        tiles = choose_tiles(kernel, head, value_head, itemsize, slots, slots, biased=biased, mask_itemsize=mask, limit=limit)
+        tiles = choose_tiles(kernel, head, value_head, itemsize, slots, slots, biased=biased, gathered=mask, limit=limit)
         for block in (tiles.block_q, tiles.block_k):
             # the kernels read lse and delta in whole blocks, whose padding is LARGEST slots
             assert 16 <= block <= min(LARGEST, pad(slots))
@@ -39,7 +39,7 @@ def test_tiles_fit_the_device_and_the_problem(kernel: str, itemsize: int, mask: 
 
 
 def test_short_sequences_get_short_blocks() -> None:
-    options = {"biased": False, "mask_itemsize": 0, "limit": None}
+    options = {"biased": False, "gathered": 0, "limit": None}
     long = choose_tiles("forward", 64, 64, 2, 1000, 1000, **options)
     for frames, block in ((8, 16), (16, 16), (17, 32), (32, 32)):
         tiles = choose_tiles("forward", 64, 64, 2, frames, frames, **options)

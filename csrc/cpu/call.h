@@ -21,6 +21,4 @@ inline Storage storage_of(const char* name, const Tensor& t) {
   }
 }
 
-inline int64_t bytes_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
-
 }  // namespace tokenops

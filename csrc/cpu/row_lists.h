@@ -56,6 +56,12 @@ class RowListTable {
   bool valid() const { return valid_; }
   int64_t sequences() const { return sequences_; }
   int64_t longest() const { return longest_; }
+  // slots of the longest packed sequence, empty ones included
+  int64_t longest_span() const {
+    int64_t most = 0;
+    for (size_t i = 1; i < offsets_.size(); ++i) most = std::max<int64_t>(most, offsets_[i] - offsets_[i - 1]);
+    return most;
+  }
   RowLists lists() const { return {lists_.data(), sequences_ == 1 ? 0 : heads_, heads_ == 1 ? 0 : 1}; }
 
  private:

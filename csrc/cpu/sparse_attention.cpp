@@ -9,6 +9,7 @@
 
 #include "../tensors.h"
 #include "call.h"
+#include "grid.h"
 #include "isa.h"
 #include "row_lists.h"
 #include "threads.h"
@@ -27,27 +28,17 @@ Mask mask_of(const Tensor& t) {
   return Mask::none;
 }
 
-Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, bool packed) {
-  check_rank(name, t, 4);
-  check_dtype(name, t, dtype);
-  check_size(name, t, 0, batch);
-  check_size(name, t, 1, heads);
-  check_size(name, t, 2, rows);
-  check_size(name, t, 3, width);
-  check_dense_rows(name, t);
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
-}
-
 // one call: the problem as the loops see it, and what its pointers point into
 struct Call {
   SparseAttention p{};
   RowListTable queries, keys;
   int64_t batch, slots;
-  bool packed;
+  bool packed, on_grid = true;  // there is a cell of rel_pos for each key
 
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& q_index, const OptionalTensor& kv_index,
-       const OptionalTensor& kv_bias, const OptionalTensor& attn_mask, const OptionalTensor& cu_seqlens_q,
-       const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_queries, bool unique_keys)
+       const OptionalTensor& kv_bias, const OptionalTensor& attn_mask, const OptionalTensor& rel_h, const OptionalTensor& rel_w,
+       const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool causal, double scale, bool unique_queries,
+       bool unique_keys)
       : queries("q_index", q_index, cu_seqlens_q, rows_of("query", query), query.size(0), query.size(1), unique_queries),
         keys("kv_index", kv_index, cu_seqlens_k, rows_of("key", key), query.size(0), key.size(1), unique_keys),
         batch(query.size(0)),
@@ -98,9 +89,22 @@ struct Call {
       p.mask_row = broadcast_stride(*attn_mask, 2);
       p.mask_column = broadcast_stride(*attn_mask, 3);
     }
+    STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "rel_h and rel_w must be given together");
+    if (rel_h) {
+      check_rank("rel_h", *rel_h, 4);
+      check_rank("rel_w", *rel_w, 4);
+      p.rel_storage = storage_of("rel_h", *rel_h);
+      p.rel_height = rel_h->size(3);
+      p.rel_width = rel_w->size(3);
+      p.rel_h = grid_of("rel_h", *rel_h, rel_h->scalar_type(), batch, p.query_heads, query.size(2), p.rel_height, packed);
+      p.rel_w = grid_of("rel_w", *rel_w, rel_h->scalar_type(), batch, p.query_heads, query.size(2), p.rel_width, packed);
+      on_grid = !packed || keys.longest_span() <= p.rel_height * p.rel_width;
+      STD_TORCH_CHECK(packed || p.rel_height * p.rel_width == key.size(2), "rel_pos must be for a grid of ", key.size(2), " key rows, got ",
+                      p.rel_height, " x ", p.rel_width);
+    }
   }
 
-  bool valid() const { return queries.valid() && keys.valid(); }
+  bool valid() const { return queries.valid() && keys.valid() && on_grid; }
 
   // of `width` elements for each listed query
   int64_t result_bytes(int64_t width) const {
@@ -138,10 +142,11 @@ struct Call {
 };
 
 int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,
-                OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,
-                OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
+                OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w,
+                OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row, std::string isa) {
   const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row, false);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale, by_row,
+            false);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   call.set_statistics(lse, row_sq);
@@ -178,12 +183,14 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   return done ? kOk : kNoMemory;
 }
 
-int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor grad_value, OptionalTensor grad_bias, Tensor grad_out,
-                 Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, OptionalTensor q_index, OptionalTensor kv_index,
-                 OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
+int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor grad_value, OptionalTensor grad_bias,
+                 OptionalTensor grad_rel_h, OptionalTensor grad_rel_w, Tensor grad_out, Tensor out, Tensor lse, Tensor query, Tensor key,
+                 Tensor value, OptionalTensor q_index, OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask,
+                 OptionalTensor rel_h, OptionalTensor rel_w, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal,
                  double scale, std::string isa) {
   const SparseAttentionLoops& loops = loops_of<SparseAttentionLoops>(isa);
-  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true, true);
+  Call call(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale, true,
+            true);
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   const ScalarType dtype = query.scalar_type();
@@ -206,6 +213,11 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
     p.grad_bias_sequence = call.packed ? 0 : grad_bias->stride(0);
     p.grad_bias_head = grad_bias->stride(1);
   }
+  STD_TORCH_CHECK(rel_h || !(grad_rel_h || grad_rel_w), "a gradient of rel_pos needs rel_h and rel_w");
+  if (grad_rel_h)
+    p.grad_rel_h = grid_of("grad_rel_h", *grad_rel_h, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_height, call.packed);
+  if (grad_rel_w)
+    p.grad_rel_w = grid_of("grad_rel_w", *grad_rel_w, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_width, call.packed);
 
   // A part is a range of keys of one head: it alone adds to their gradients. Few heads are cut into several parts, whose shares
   // of the queries' gradients are then added up in order. The cut follows from the shapes, so the bits do not depend on threads.
@@ -233,8 +245,9 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
     }
   std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
   std::unique_ptr<float[]> shares;
-  if (most_parts > 1 && p.grad_query.data) {
-    p.part_head = call.slots * p.width;
+  if (most_parts > 1 && (p.grad_query.data || p.wants_rel())) {
+    p.part_row = p.width + (p.wants_rel() ? p.rel_height + p.rel_width : 0);
+    p.part_head = call.slots * p.part_row;
     p.part_sequence = call.packed ? 0 : p.part_head * p.query_heads;
     p.part_stride = p.part_head * p.query_heads * call.batch;
     // not zeroed: only what a part wrote is read

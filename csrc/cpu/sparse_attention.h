@@ -49,6 +49,9 @@ struct SparseAttention {
   Mask mask;  // [sequence, query head, N, M]
   const void* mask_data;
   int64_t mask_sequence, mask_head, mask_row, mask_column;
+  Storage rel_storage;
+  Grid rel_h, rel_w;  // [sequence, query head, N, gh | gw], or null: a key of rank r lies in row r / gw and column r % gw
+  int64_t rel_height, rel_width;
 
   // results, and in a backward pass inputs. Statistics are [sequence, query head, slot] with a dense last dimension.
   Grid out;
@@ -59,13 +62,16 @@ struct SparseAttention {
   int64_t stat_sequence, stat_head;
 
   // backward only; data is null where no gradient is wanted
-  Grid grad_out, grad_query, grad_key, grad_value;
+  Grid grad_out, grad_query, grad_key, grad_value, grad_rel_h, grad_rel_w;
   float* grad_bias;  // [sequence, kv head, M] dense, or null
   int64_t grad_bias_sequence, grad_bias_head;
-  float* grad_query_parts;  // [part, slot rows, D] partial sums where the keys of a head are split, else null
-  int64_t part_stride, part_sequence, part_head;
+  // [part, slot rows, part_row] partial sums of what each query gets where the keys of a head are split, else null: D numbers for
+  // grad_query, then gh and gw for rel_pos if its gradient is wanted
+  float* grad_query_parts;
+  int64_t part_stride, part_sequence, part_head, part_row;
 
   int64_t group() const { return query_heads / kv_heads; }
+  bool wants_rel() const { return grad_rel_h.data || grad_rel_w.data; }
 };
 
 // The loops of one instruction set. A head is a (sequence, kv head) with the query heads that share it; its query blocks are

@@ -1,7 +1,7 @@
 // Attention over gathered rows, backward: all queries of a head against a range of its keys, whose gradients nobody else adds to.
 #pragma once
 
-#include "sparse_attention_tiles.h"
+#include "sparse_attention_rel_pos.h"
 
 namespace tokenops {
 namespace TOKENOPS_ISA {
@@ -25,8 +25,9 @@ struct BackwardKeys {
   typedef typename Dot::Scalar Scalar;
   Scalar *rows, *steps, *value_rows;                 // [key][D / kPerScalar], [key / kPerScalar][D], [key][Dv / kPerScalar]
   float *bias, *grad_rows, *grad_value, *grad_bias;  // [key], [key][D rounded up to vectors], [key][Dv likewise], [key]
+  RelKeys cells;
 
-  BackwardKeys(Arena& arena, const SparseAttention& p, int64_t keys) {
+  BackwardKeys(Arena& arena, const SparseAttention& p, int64_t keys) : cells(arena, p, keys) {
     const int64_t padded = round_up(keys, kTileRows);
     rows = arena.take<Scalar>(padded * p.width / Dot::kPerScalar);
     steps = Dot::kPerScalar == 1 ? rows : arena.take<Scalar>(padded / Dot::kPerScalar * p.width);
@@ -47,8 +48,10 @@ struct BackwardBlock {
   Scalar *weights, *slopes;              // P and dS as [key][lane / kPerScalar]
   Scalar* slope_steps;                   // dS as [key / kPerScalar][lane]
   float *grad_query, *added;             // [D][lane], [key][lane]
+  RelQueries rel_pos;
+  RelSlopes rel_slopes;
 
-  BackwardBlock(Arena& arena, const SparseAttention& p) {
+  BackwardBlock(Arena& arena, const SparseAttention& p) : rel_pos(arena, p, lanes), rel_slopes(arena, p, lanes) {
     query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
     grad_out = arena.take<Scalar>(p.value_width / Dot::kPerScalar * lanes);
     query_steps = arena.take<Scalar>(lane_scalars * round_up(p.width, L));
@@ -74,6 +77,8 @@ struct BackwardBlock {
     pack_steps<Dot>(query_steps, columns, query_rows, lanes, p.width);
     pack_steps<Dot>(grad_out_steps, value_columns, grad_rows, lanes, p.value_width);
     memset(grad_query, 0, p.width * lanes * sizeof(float));
+    const RelTerms rel = rel_pos.pack(p, s, h, queries.row + first, count, V, panel.cells);
+    if (p.wants_rel()) rel_slopes.clear(p, lanes);
 
     float lse[lanes], delta[lanes], factor[lanes];
     const Rows<T> out_rows = rows_of<T>(p.out, s, h, queries.slot + first, count);
@@ -91,7 +96,7 @@ struct BackwardBlock {
       for (int64_t j = 0; j < size; j += kTileRows) {
         VecF<L> x[kTileRows][V], slope[kTileRows][V];
         logit_tile<Dot, V>(panel.rows + (block + j) * scalars, scalars, scalars, query, scale, bias ? bias + block + j : nullptr,
-                           visible == Visible::partly ? added + j * lanes : nullptr, x);
+                           visible == Visible::partly ? added + j * lanes : nullptr, rel.from(block + j), x);
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
@@ -109,6 +114,7 @@ struct BackwardBlock {
           for (int v = 0; v < V; ++v) slope[r][v] = x[r][v] * (slope[r][v] - load<L>(delta + v * L));
         store_rows<Dot, V>(slopes + j * lane_scalars, slope);
         if constexpr (Dot::kPerScalar > 1) store_steps<Dot, V>(slope_steps + j * lane_scalars, slope);
+        if (p.wants_rel()) rel_slopes.add<V>(rel.from(block + j), slope);
         if (p.grad_bias)
           for (int r = 0; r < kTileRows; ++r) {
             VecF<L> sum = slope[r][0];
@@ -125,13 +131,13 @@ struct BackwardBlock {
         multiply_block<Dot, L, V>(panel.steps + block / Dot::kPerScalar * p.width, 1, p.width, slope_steps, lanes, size / Dot::kPerScalar,
                                   grad_query, lanes, p.width);
     }
-    if (!p.grad_query.data) return;
-    if (p.grad_query_parts)
-      unpack_lanes(p.grad_query_parts + part * p.part_stride + s * p.part_sequence + h * p.part_head, p.width, queries.slot + first, count,
-                   grad_query, V, factor, p.width, false);
-    else
+    float* shares = p.grad_query_parts ? p.grad_query_parts + part * p.part_stride + s * p.part_sequence + h * p.part_head : nullptr;
+    if (p.grad_query.data && shares)
+      unpack_lanes(shares, p.part_row, queries.slot + first, count, grad_query, V, factor, p.width, false);
+    else if (p.grad_query.data)
       unpack_lanes(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.row + first, count, grad_query, V, factor, p.width,
                    p.past_caches);
+    if (p.wants_rel()) rel_slopes.write(p, s, h, queries, first, count, V, shares);
   }
 };
 
@@ -149,6 +155,7 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
   pack_rows<Dot>(panel.value_rows, p.value_width / Dot::kPerScalar, rows_of<T>(p.value, s, kv_head, row, count), padded, p.value_width,
                  Fill::zeros);
   const float* bias = pack_bias(panel.bias, p, s, kv_head, row, count, padded);
+  panel.cells.pack(p, keys, first_key, count);
   memset(panel.grad_rows, 0, padded * columns * sizeof(float));
   memset(panel.grad_value, 0, padded * value_columns * sizeof(float));
   memset(panel.grad_bias, 0, padded * sizeof(float));
@@ -159,8 +166,9 @@ void backward_head(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t
       BackwardBlock<T, Dot, decltype(vectors)::value>(behind_keys, p).run(p, s, h, part, first, last, first_key, last_key, panel, bias);
     });
     const RowList& queries = p.queries.at(s, h);
-    if (first == 0 && part == 0 && p.grad_query.data)
-      zero_rows(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.rest, queries.rests, p.width);
+    if (first != 0 || part != 0) return;
+    if (p.grad_query.data) zero_rows(head_of<T>(p.grad_query, s, h), p.grad_query.row, queries.rest, queries.rests, p.width);
+    if (p.wants_rel()) RelSlopes::write_rest(p, s, h, queries);
   });
 
   const bool whole = part == 0;  // the first part also writes the rows that no list names
@@ -191,21 +199,30 @@ int64_t backward_bytes(const SparseAttention& p, int64_t keys) {
   return arena.used;
 }
 
-// adds up what the parts of a head found for its queries, in their order
+// adds up columns [first, first + width) of what the parts of a head found for its queries, in their order
 template <class T>
-void sum_query_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
+void sum_columns(const SparseAttention& p, int64_t s, int64_t h, int64_t parts, const Grid& grid, int64_t first, int64_t width) {
   const RowList& queries = p.queries.at(s, h);
-  const float* from = p.grad_query_parts + s * p.part_sequence + h * p.part_head;
-  T* to = head_of<T>(p.grad_query, s, h);
+  const float* from = p.grad_query_parts + s * p.part_sequence + h * p.part_head + first;
+  T* to = head_of<T>(grid, s, h);
   for (int64_t i = 0; i < queries.count; ++i)
-    for (int64_t c = 0; c < p.width; c += L) {
-      const float* share = from + queries.slot[i] * p.width + c;
-      const int64_t columns = smaller(L, p.width - c);
+    for (int64_t c = 0; c < width; c += L) {
+      const float* share = from + queries.slot[i] * p.part_row + c;
+      const int64_t columns = smaller(L, width - c);
       VecF<L> sum{};
       for (int64_t part = 0; part < parts; ++part, share += p.part_stride)
         sum += columns == L ? load<L>(share) : load_first<L>(share, columns);
-      write<L>(to + queries.row[i] * p.grad_query.row, c, p.width, sum, p.past_caches);
+      write<L>(to + queries.row[i] * grid.row, c, width, sum, p.past_caches);
     }
+}
+
+template <class T>
+void sum_query_parts(const SparseAttention& p, int64_t s, int64_t h, int64_t parts) {
+  if (p.grad_query.data) sum_columns<T>(p, s, h, parts, p.grad_query, 0, p.width);
+  with_types(p.rel_storage, [&]<class R, class Dot>(Types<R, Dot>) {
+    if (p.grad_rel_h.data) sum_columns<R>(p, s, h, parts, p.grad_rel_h, p.width, p.rel_height);
+    if (p.grad_rel_w.data) sum_columns<R>(p, s, h, parts, p.grad_rel_w, p.width + p.rel_height, p.rel_width);
+  });
   stream_fence();
 }
 

@@ -4,7 +4,7 @@
 // broadcast side of P V here), K and V read where they stand if they can be, and the next head's rows fetched meanwhile.
 #pragma once
 
-#include "sparse_attention_tiles.h"
+#include "sparse_attention_rel_pos.h"
 
 namespace tokenops {
 namespace TOKENOPS_ISA {
@@ -56,8 +56,10 @@ struct ShortHead {
   static constexpr int lanes = V * L;
   Scalar *query, *key_rows, *value_steps, *weights;  // [D / kPerScalar][lane], [key][D / kPerScalar], [key / kPerScalar][Dv], ...
   float *logits, *bias;                              // [key][lane], [key]
+  RelKeys cells;
+  RelQueries rel_pos;
 
-  ShortHead(Arena& arena, const SparseAttention& p) {
+  ShortHead(Arena& arena, const SparseAttention& p) : cells(arena, p, kShort), rel_pos(arena, p, lanes) {
     query = arena.take<Scalar>(p.width / Dot::kPerScalar * lanes);
     key_rows = arena.take<Scalar>(kShort * p.width / Dot::kPerScalar);
     value_steps = arena.take<Scalar>(kShort / Dot::kPerScalar * round_up(p.value_width, L));
@@ -106,12 +108,14 @@ struct ShortHead {
       pack_steps<Dot>(value_steps, v_step, v_rows, padded, p.value_width);
     }
     const float* added = pack_bias(bias, p, s, kv_head, keys.row, keys.count, padded);
+    cells.pack(p, keys, 0, keys.count);
+    const RelTerms rel = rel_pos.pack(p, s, h, queries.row, count, V, cells);
 
     VecF<L> top[V], total[V], squares[V];
     for (int v = 0; v < V; ++v) top[v] = splat<L>(kLowest), total[v] = squares[v] = VecF<L>{};
     for (int64_t j = 0; j < padded; j += kTileRows) {
       VecF<L> x[kTileRows][V];
-      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, x,
+      logit_tile<Dot, V>(k_data + j * k_step, k_step, scalars, query, scale, added ? added + j : nullptr, nullptr, rel.from(j), x,
                          [&] { ahead.line(); });
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r)

@@ -8,7 +8,7 @@ namespace tokenops {
 namespace TOKENOPS_ISA {
 namespace {
 
-enum class Terms { added, subtracted };
+enum class Terms { added, subtracted, counted };  // counted: no values, only maximum and total
 
 template <class Dot, int V>
 struct RowSums {
@@ -31,14 +31,16 @@ struct RowSums {
   }
 
   // The terms of up to kKeyBlock keys, a multiple of the tile height: `rows` [key][D / kPerScalar], `steps` [key / kPerScalar][Dv],
-  // `bias` [key] and `added` [key][lane] in units of log2, or null.
+  // `bias` [key] and `added` [key][lane] in units of log2, or null; `rel` from the first key on.
   template <Terms kTerms = Terms::added>
-  void take(const Scalar* rows, const Scalar* steps, int64_t keys, float scale, const float* bias, const float* added, bool want_squares) {
+  void take(const Scalar* rows, const Scalar* steps, int64_t keys, float scale, const float* bias, const float* added, bool want_squares,
+            const RelTerms& rel = {}) {
     // what changes here lives in registers or on the stack: every store of a weight could alias a member
     RowSums sums = *this;
     const int64_t scalars = width / Dot::kPerScalar;
     int64_t pending = 0;  // weights from here on are not in the sums yet
     auto flush = [&](int64_t end) {
+      if constexpr (kTerms == Terms::counted) return;
       multiply_block<Dot, L, V>(steps + pending / Dot::kPerScalar * sums.value_width, 1, sums.value_width,
                                 sums.weights + pending / Dot::kPerScalar * lanes, lanes, (end - pending) / Dot::kPerScalar, sums.values,
                                 lanes, sums.value_width);
@@ -47,7 +49,7 @@ struct RowSums {
     for (int64_t j = 0; j < keys; j += kTileRows) {
       VecF<L> x[kTileRows][V];
       logit_tile<Dot, V>(rows + j * scalars, scalars, scalars, sums.query, scale, bias ? bias + j : nullptr,
-                         added ? added + j * lanes : nullptr, x);
+                         added ? added + j * lanes : nullptr, rel.from(j), x);
       VecF<L> high[V];
       bool grown = false;
 #pragma GCC unroll 3

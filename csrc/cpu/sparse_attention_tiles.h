@@ -20,6 +20,8 @@ constexpr float kLazy = 8.f;
 int64_t query_vectors(int64_t queries) { return (queries + L - 1) / L; }
 // at least one block, so that a list without rows still gets its empty slots written
 int64_t query_blocks(int64_t queries) { return queries ? (query_vectors(queries) + kTileVectors - 1) / kTileVectors : 1; }
+// the first query of a block; vectors are dealt evenly
+int64_t block_start(int64_t queries, int64_t block) { return smaller(query_vectors(queries) * block / query_blocks(queries) * L, queries); }
 
 // natural units to units of log2; a finite bias stays finite, so that a row of the lowest float is not an empty row
 TOKENOPS_INLINE float to_log2(float bias) {
@@ -52,8 +54,8 @@ enum class Visible { nothing, partly, all };
 
 // What attn_mask and causality add to the logits of queries [first, last) and keys [from, to): added[key][lane], in units of
 // log2. Left alone if all or nothing of the block is visible. Rows that fill up the last tile are hidden by the key bias.
-Visible fill_mask(float* added, const SparseAttention& p, int64_t s, int64_t h, const RowList& queries, int64_t first, int64_t last,
-                  const RowList& keys, int64_t from, int64_t to, int64_t lanes) {
+inline Visible fill_mask(float* added, const SparseAttention& p, int64_t s, int64_t h, const RowList& queries, int64_t first, int64_t last,
+                         const RowList& keys, int64_t from, int64_t to, int64_t lanes) {
   const int32_t *q_rank = queries.rank + first, *k_rank = keys.rank + from;
   const int64_t count = last - first, size = to - from;
   bool compare = false;
@@ -84,23 +86,42 @@ Visible fill_mask(float* added, const SparseAttention& p, int64_t s, int64_t h, 
 }
 
 // kv_bias of the listed keys in units of log2, then -inf for the rows that fill up the last tile; null if that is all zeros
-const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h, const int32_t* row, int64_t keys, int64_t padded) {
+inline const float* pack_bias(float* to, const SparseAttention& p, int64_t s, int64_t h, const int32_t* row, int64_t keys, int64_t padded) {
   if (!p.bias && keys == padded) return nullptr;
   for (int64_t j = 0; j < keys; ++j) to[j] = p.bias ? to_log2(p.bias[s * p.bias_sequence + h * p.bias_head + row[j] * p.bias_row]) : 0.f;
   for (int64_t j = keys; j < padded; ++j) to[j] = -kInfinity;
   return to;
 }
 
+// what rel_pos adds to the logits of a block of queries: height[row[key]][lane] + width[column[key]][lane], in units of log2. Or null.
+struct RelTerms {
+  const float *height = nullptr, *width = nullptr;
+  const int32_t *row = nullptr, *column = nullptr;
+
+  TOKENOPS_INLINE RelTerms from(int64_t key) const { return height ? RelTerms{height, width, row + key, column + key} : RelTerms{}; }
+};
+
 // S^T of one tile of keys in units of log2
 template <class Dot, int V, class Also = Nothing>
 TOKENOPS_INLINE void logit_tile(const typename Dot::Scalar* keys, int64_t key_row, int64_t scalars, const typename Dot::Scalar* query_lanes,
-                                float scale, const float* bias, const float* added, VecF<L> (&s)[kTileRows][V], Also&& also = {}) {
+                                float scale, const float* bias, const float* added, const RelTerms& rel, VecF<L> (&s)[kTileRows][V],
+                                Also&& also = {}) {
   clear<L>(s);
   multiply_tile<Dot, L, kTileRows, V>(keys, key_row, 1, query_lanes, V * L, scalars, s, also);
+  if (rel.height)
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
+    for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) s[r][v] *= scale;
+      for (int v = 0; v < V; ++v) {
+        // the sum with the scaled product is one instruction, as the scaling alone is
+        s[r][v] = s[r][v] * scale + load<L>(rel.width + (rel.column[r] * V + v) * L);
+        s[r][v] += load<L>(rel.height + (rel.row[r] * V + v) * L);
+      }
+  else
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) s[r][v] *= scale;
   if (bias)
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
@@ -173,10 +194,9 @@ template <class F>
 void for_query_blocks(const SparseAttention& p, int64_t s, int64_t kv_head, int64_t first_block, int64_t last_block, F&& f) {
   int64_t before = 0;
   for (int64_t h = kv_head * p.group(); h < (kv_head + 1) * p.group(); ++h) {
-    const int64_t count = p.queries.at(s, h).count, blocks = query_blocks(count), vectors = query_vectors(count);
+    const int64_t count = p.queries.at(s, h).count, blocks = query_blocks(count);
     for (int64_t i = 0; i < blocks; ++i)
-      if (before + i >= first_block && before + i < last_block)
-        f(h, vectors * i / blocks * L, smaller(vectors * (i + 1) / blocks * L, count));
+      if (before + i >= first_block && before + i < last_block) f(h, block_start(count, i), block_start(count, i + 1));
     before += blocks;
   }
 }

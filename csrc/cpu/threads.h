@@ -45,6 +45,12 @@ inline Scratch& scratch_of_thread() {
   return scratch;
 }
 
+// what all threads of a call share, kept by the thread that calls
+inline Scratch& scratch_of_call() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // scratch memory as one thread sees it during one run
 struct Lease {
   char* memory;
@@ -69,6 +75,13 @@ bool run_parallel(int64_t count, int64_t scratch_bytes, const Work& work) {
     kept.trim();
   });
   return enough_memory;
+}
+
+// calls work(first, last) for stretches of [0, rows), none shorter than it is worth
+template <class Work>
+void in_stretches(int64_t rows, int64_t shortest, const Work& work) {
+  const int64_t pieces = std::clamp<int64_t>(rows / shortest, 1, kPiecesPerThread * torch::stable::get_num_threads());
+  run_parallel(pieces, 0, [&](int64_t i, Lease&) { work(rows * i / pieces, rows * (i + 1) / pieces); });
 }
 
 // The blocks of many items (heads, samples) in a row, to be cut into pieces of even work. Blocks of an item cost the same.

@@ -14,7 +14,7 @@ from tokenops.types import AttentionGradients, AttentionProblem
 
 KERNELS = "tokenops.triton.sparse_attention.kernels"
 # those that multiply tiles
-ATTENTION = ("forward", "backward_query", "backward_key_value")
+ATTENTION = ("forward", "backward_query", "backward_rel_pos", "backward_key_value")
 
 
 class Attention(NamedTuple):
@@ -29,6 +29,8 @@ class Attention(NamedTuple):
     bias: bool = False
     causal: bool = False
     mask: torch.dtype | None = None
+    rel: tuple[int, int] | None = None  # rel_pos on a grid of so many cells
+    rel_dtype: torch.dtype = torch.float32
     packed: bool = False
     by_row: bool = False
     row_sq: bool = True
@@ -39,6 +41,7 @@ class Attention(NamedTuple):
         words += [f"{self.rows}->{self.kept}" if self.kept else f"{self.rows}"]
         words += [word for word in ("bias", "causal", "packed", "by_row") if getattr(self, word)]
         words += [f"group{self.group}"] * (self.group > 1) + ["no row_sq"] * (not self.row_sq)
+        words += [] if self.rel is None else [f"{dtype_name(self.rel_dtype)} rel_pos {self.rel[0]}x{self.rel[1]}"]
         words += [] if self.mask is None else ["bool mask" if self.mask == torch.bool else f"{str(self.mask).removeprefix('torch.')} mask"]
         return " ".join(words)
 
@@ -55,8 +58,8 @@ class Attention(NamedTuple):
             kv_index=index,
             kv_bias=meta(batch, 4, self.rows) if self.bias else None,
             attn_mask=None if self.mask is None else meta(1, 1, self.rows, self.rows, dtype=self.mask),
-            rel_h=None,
-            rel_w=None,
+            rel_h=None if self.rel is None else meta(batch, heads, self.rows, self.rel[0], dtype=self.rel_dtype),
+            rel_w=None if self.rel is None else meta(batch, heads, self.rows, self.rel[1], dtype=self.rel_dtype),
             is_causal=self.causal,
             scale=0.125,
             dropout_p=0.0,
@@ -83,17 +86,19 @@ class Attention(NamedTuple):
         launchers.forward(problem, out, lse, torch.empty_like(lse) if self.row_sq else None, self.by_row)
         if not self.by_row:
             bias = meta(*problem.key.shape[:3]) if self.bias else None
-            grads = AttentionGradients(
-                torch.empty_like(problem.query), torch.empty_like(problem.key), torch.empty_like(problem.value), bias, None, None, None
-            )
+            grids = (torch.empty_like(x) for x in (problem.query, problem.key, problem.value))
+            rel = (None if x is None else torch.empty_like(x) for x in (problem.rel_h, problem.rel_w))
+            grads = AttentionGradients(*grids, bias, None, *rel)
             launchers.backward(problem, out, out, lse, grads)
 
     def promise(self, kernel: str, options: Mapping[str, Any]) -> Promise:
         if kernel not in ATTENTION:
             return Promise()
         tiles = Tiles(options["BLOCK_Q"], options["BLOCK_K"], options["num_warps"], options["num_stages"])
-        masked = 0 if self.mask is None else self.mask.itemsize
-        shared = shared_bytes(kernel, tiles, self.width, self.value_width or self.width, self.dtype.itemsize, masked)
+        gathered = (0 if self.mask is None else self.mask.itemsize) + (0 if self.rel is None else 2 * self.rel_dtype.itemsize)
+        # backward_rel_pos has the tiles of backward_query
+        of = "backward_query" if kernel == "backward_rel_pos" else kernel
+        shared = shared_bytes(of, tiles, self.width, self.value_width or self.width, self.dtype.itemsize, gathered)
         return Promise(shared, tensor_core=self.dtype != torch.float32 or self.tf32)
 
 
@@ -125,6 +130,15 @@ CASES = [
     Attention(width=96),
     Attention(width=40, value_width=24),
     Attention(width=8, value_width=256),
+    # rel_pos: a whole frame of ViTDet, its windows, the widths of other models; lists
+    *(Attention(rows=4096, kept=None, rel=(64, 64), rel_dtype=dtype, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)),
+    *(Attention(rows=196, kept=None, rel=(14, 14), dtype=dtype) for dtype in (torch.bfloat16, torch.float32)),
+    *(Attention(rows=1764, kept=None, rel=(42, 42), width=width) for width in (32, 80, 128, 256)),
+    *(Attention(rows=1764, kept=None, rel=(42, 42), width=width, dtype=torch.float32) for width in (32, 128, 256)),
+    Attention(rows=1764, kept=None, rel=(42, 42), dtype=torch.float32, tf32=True),
+    Attention(rows=4096, kept=768, rel=(64, 64), bias=True, causal=True, group=2),
+    Attention(rows=4096, kept=None, rel=(14, 14), packed=True),
+    Attention(rows=4096, kept=None, rel=(64, 64), mask=torch.bool),
     # short sequences
     *(Attention(rows=rows, kept=None, width=width) for rows in (8, 32, 64) for width in (64, 128)),
     *(Attention(rows=16, kept=None, width=width, bias=True, causal=True) for width in (32, 64, 256)),
@@ -136,4 +150,5 @@ QUICK = [
     Attention(mask=torch.bool, width=128),
     Attention(dtype=torch.float32),
     Attention(rows=16, kept=None),
+    Attention(rows=1564, rel=(34, 46)),
 ]

@@ -100,6 +100,8 @@ CASES = [
     Select(dtype=torch.float16, threshold=0.5),
     Select(threshold=0.5),
     Select(slots=4096, threshold=0.5),
+    # every token has a slot, so nothing is searched
+    Select(tokens=1568, slots=1568, threshold=0.5),
     *(Halt(width, dtype) for dtype in (torch.float32, torch.bfloat16) for width in (8, 100, 384, 768)),
     *(Halt(class_only=class_only, packed=packed) for class_only in (False, True) for packed in (False, True)),
     *(Halt(in_place=True, class_only=class_only, packed=packed) for class_only in (False, True) for packed in (False, True)),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from cases import CASES, Call, Case, build, with_bias, with_mask
+from cases import CASES, Call, Case, both, build, with_bias, with_mask, with_scattered_lists
 from oracle import assert_close, assert_right, computed, expected, objections, problem_of
 from torch import Tensor
 
@@ -106,6 +106,15 @@ PACKED: dict[str, Callable[..., Call]] = {
     "packed, padding, empty sequences": functools.partial(packed, (0, 18, 0, 3), (7, 0, 5, 20), padding=19),
     "packed, many short": functools.partial(packed, (3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2, 8, 1, 8)),
     "packed, grouped heads, lists": functools.partial(packed, (19, 3, 16), (4, 16, 20), heads=4, grid=64, padding=5),
+    "packed, rel_pos, padding, empty sequences": functools.partial(
+        packed, (0, 18, 0, 3), (7, 0, 5, 20), padding=19, rel_pos=(tensor(40, 2, 7), tensor(40, 2, 3))
+    ),
+    "packed, rel_pos, causal, long rows": functools.partial(
+        packed, (20, 33), (20, 33), is_causal=True, rel_pos=(tensor(53, 2, 2), tensor(53, 2, 20))
+    ),
+    "packed, rel_pos, grouped heads, lists": functools.partial(
+        packed, (19, 3, 16), (4, 16, 20), heads=4, grid=64, padding=5, rel_pos=(tensor(64, 4, 4), tensor(64, 4, 5))
+    ),
     "packed, causal lists": functools.partial(packed, (18, 20), (20, 18), grid=50, is_causal=True),
 }
 
@@ -121,6 +130,41 @@ def _packed(make: Callable[..., Call], dtype: torch.dtype) -> None:
 for _name_, _make_ in PACKED.items():
     for _dtype_ in ("fp32", "bf16"):
         CHECKS[f"{_name_}, {_dtype_}"] = functools.partial(_packed, _make_, DTYPES[_dtype_])
+
+
+# rel_pos, on grids of cells that fill a block, do not, or need two
+
+_ON_A_GRID_ = {"batch": 2, "heads": 4, "kv_heads": 2, "query_rows": 19, "key_rows": 40, "width": 16}
+_LISTS_ = {"kept": 11, "kv_kept": 27, "lists": "head", "empty": 0.2}
+REL_POS = (
+    Case("rel_pos", {**_ON_A_GRID_, "rel_grid": (4, 10)}),
+    Case("rel_pos, one column of cells", {**_ON_A_GRID_, "rel_grid": (40, 1)}),
+    Case("rel_pos, long rows of cells", {**_ON_A_GRID_, "rel_grid": (2, 20), **_LISTS_, "bias": True}),
+    Case(
+        "rel_pos, lists out of order, mask, causal",
+        {**_ON_A_GRID_, "rel_grid": (8, 5), **_LISTS_},
+        both(with_scattered_lists, with_mask("infinite", "BhNM", is_causal=True)),
+    ),
+)
+for _number_, _case_ in enumerate(REL_POS):
+    for _name_ in ("fp32", "bf16") if _number_ % 2 == 0 else ("fp32",):
+        CHECKS[f"{_case_.name}, {_name_}"] = functools.partial(_case, _case_, DTYPES[_name_])
+
+
+@CHECKS.add
+def a_key_behind_its_grid_has_no_bias() -> None:
+    """On a GPU nobody counts the keys of packed sequences: those that the grid has no cell for must not read one."""
+    rel_h, rel_w = tensor(40, 2, 2), torch.zeros(40, 2, 4)
+    call = packed((16, 24), (20, 18))
+    # the same on a grid that is large enough
+    short, long = (problem_of({**call, "rel_pos": (part, rel_w)}) for part in (rel_h, torch.nn.functional.pad(rel_h, (0, 3))))
+    for tiles in (contextlib.nullcontext(), small_tiles()):
+        with tiles:
+            out, lse, _ = _forward(short)
+            for got, want in zip((out, lse), _forward(long), strict=False):
+                assert torch.equal(got, want)
+            for got, want in zip(_backward(short, out, lse)[:4], _backward(long, out, lse)[:4], strict=True):
+                assert torch.equal(got, want)
 
 
 # borders and promises
@@ -196,8 +240,8 @@ def _backward(problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Ten
         torch.empty_like(problem.value),
         None if problem.kv_bias is None else torch.empty(problem.key.shape[:3]),
         None,
-        None,
-        None,
+        None if problem.rel_h is None else torch.empty_like(problem.rel_h),
+        None if problem.rel_w is None else torch.empty_like(problem.rel_w),
     )
     triton_attention.backward(problem, torch.ones_like(out) if grad_out is None else grad_out, out, lse, grads)
     return [grad for grad in grads if grad is not None]

@@ -141,6 +141,16 @@ def zero_rows_and_no_mass() -> None:
 
 
 @CHECKS.add
+def tokens_give_away_what_they_have_at_any_temperature() -> None:
+    """Weights come from scores that were multiplied a second time; cold ones differ by a percent if they are rounded differently."""
+    problem = _problem(tokens=200, metas=80, width=100, mass=masses(2, 200), temperature=1e-5)
+    _, given, _ = _run(problem, *_gradients_of_results(problem))[:3]
+    assert given is not None
+    assert problem.mass is not None
+    torch.testing.assert_close(given.sum(1), problem.mass.sum(1), rtol=1e-6, atol=0.0)
+
+
+@CHECKS.add
 def one_meta_token_gets_the_mean() -> None:
     problem = _problem(metas=1)
     _is_the_definition(problem)

@@ -83,6 +83,22 @@ def row_strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (0 if tensor.shape[0] == 1 else tensor.stride(0), tensor.stride(1))
 
 
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Strides under which an axis of length 1 broadcasts."""
+    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+
+
+def grid_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
+    """Batch, head and row strides of grids [B, H, N, C], and the unit they are counted in.
+
+    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it.
+    """
+    strides = [(0, 0, 0) if tensor is None else strides_of(tensor)[:3] for tensor in tensors]
+    if any(stride % 8 for three in strides for stride in three):
+        return 1, strides
+    return 8, [(batch // 8, head // 8, row // 8) for batch, head, row in strides]
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products follow torch's own switch for CUDA matrix products; half types have nothing to choose."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -173,7 +173,7 @@ def _in_place(out: Tensor, *arguments: Any) -> None:
     *given, backend = arguments
     problem = LinearProblem._make(given)
     check_overlap("out", out, problem._asdict())
-    chosen = choose("gathered_linear", BACKENDS, backend, problem)
+    chosen = choose("gathered_linear", BACKENDS, backend, problem, out=out)
     if reads_contents(problem.x.device, chosen.name):
         reference.check_index(problem.index, problem.x.shape[1])
     if out.numel() > 0:

@@ -108,10 +108,10 @@ def _in_place(buffer: Tensor, rows: Tensor, index: Tensor, backend: str | None) 
 
 
 def _backward(grad_out: Tensor, index: Tensor, wanted: list[bool], backend: str | None) -> tuple[Tensor, ...]:
-    grads = _allocate_gradients(grad_out, index, wanted)
+    grads, grad_out = _allocate_gradients(grad_out, index, wanted), dense(grad_out)
     chosen = choose("update_tokens_backward", BACKENDS, backend, grad_out)
     if grad_out.numel() > 0:
-        chosen.run.update_backward(dense(grad_out), index, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+        chosen.run.update_backward(grad_out, index, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
     return grads
 
 

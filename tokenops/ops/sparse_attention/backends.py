@@ -16,7 +16,7 @@ from tokenops.types import AttentionGradients, AttentionProblem
 _library = torch.library.Library("tokenops", "FRAGMENT")
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? q_index, Tensor? kv_index, Tensor? kv_bias, Tensor? attn_mask, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal, float scale"
+    "Tensor? rel_h, Tensor? rel_w, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal, float scale"
 )
 # implemented by csrc/cpu/sparse_attention.cpp; 0 = done, 1 = bad contents of an index or cu_seqlens, 2 = no memory
 _library.define(
@@ -24,6 +24,7 @@ _library.define(
 )
 _library.define(
     "sparse_attention_cpu_backward(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_bias, "
+    "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, "
     f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
 )
 
@@ -40,12 +41,12 @@ class NativeCPU(NamedTuple):
 
     def backward(self, problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
         run = torch.ops.tokenops.sparse_attention_cpu_backward.default
-        code = run(*grads[:4], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
+        code = run(*grads[:4], *grads[5:], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
         explain("sparse_attention", code, partial(reference.check_contents, problem, unique_queries=True, unique_keys=True))
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
-    return (p.query, p.key, p.value, p.q_index, p.kv_index, p.kv_bias, p.attn_mask, p.cu_seqlens_q, p.cu_seqlens_k, p.is_causal, p.scale)
+    return (*p[:9], p.cu_seqlens_q, p.cu_seqlens_k, p.is_causal, p.scale)
 
 
 def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
@@ -63,8 +64,6 @@ def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[
             reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
     if problem.dropout_p > 0.0:
         reasons.append("dropout is served by the reference only")
-    if problem.rel_h is not None:
-        reasons.append("rel_pos is served by the reference only")
     if "attn_mask" in needs:
         reasons.append("the gradient of attn_mask is served by the reference only")
     return reasons

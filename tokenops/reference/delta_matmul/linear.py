@@ -31,7 +31,16 @@ def projected(problem: LinearProblem) -> Tensor:
 
 
 def projected_gradients(problem: LinearProblem, grad_out: Tensor) -> LinearGradients:
-    """Of everything, for grad_out [B, K, O]. Written out, because an operator runs below autograd. The layers are computed anew."""
+    """Of everything, for grad_out [B, K, O]."""
+    p, grads = problem, listed_gradients(problem, grad_out)
+    assert grads.x is not None
+    ids = row_ids(p.index, p.x.shape[0], p.x.shape[1])
+    return grads._replace(x=replaced(torch.zeros_like(p.x), grads.x, ids))
+
+
+def listed_gradients(problem: LinearProblem, grad_out: Tensor) -> LinearGradients:
+    """The same, of the listed rows of x only: [B, K, C] in its dtype. Written out, because an operator runs below autograd. The layers are
+    computed anew."""
     p, dtype = problem, wide(problem.x)
     ids = row_ids(p.index, p.x.shape[0], p.x.shape[1])
     gathered = taken(p.x, ids).to(dtype)
@@ -51,8 +60,7 @@ def projected_gradients(problem: LinearProblem, grad_out: Tensor) -> LinearGradi
     grad, norm_weight, norm_bias = grad @ p.weight.to(dtype), None, None
     if p.norm_weight is not None:
         grad, norm_weight, norm_bias = normalized_gradients(grad, gathered, p.norm_weight, p.norm_eps)
-    x = replaced(torch.zeros_like(p.x, dtype=dtype), grad, ids)
-    return LinearGradients(x, weight, bias, norm_weight, norm_bias, weight_2, bias_2)
+    return LinearGradients(grad.to(p.x.dtype), weight, bias, norm_weight, norm_bias, weight_2, bias_2)
 
 
 def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, dot_precision, interpreting, launch, shared_memory
+from tokenops.triton.launch import device_objections, dot_precision, grid_strides, interpreting, launch, shared_memory, strides_of
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -35,7 +35,8 @@ def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor 
     inputs, (out_strides,) = _inputs(problem, out)
     tiles = _tiles("forward", problem)
     blocks = _blocks(inputs["K"], tiles.block_q, problem.cu_seqlens_q)
-    bias_or_mask = problem.kv_bias is not None or (problem.attn_mask is not None and problem.attn_mask.is_floating_point())
+    float_mask = problem.attn_mask is not None and problem.attn_mask.is_floating_point()
+    has_terms = problem.kv_bias is not None or float_mask or problem.rel_h is not None
     _launch(
         kernels.forward,
         blocks * lse.shape[0] * lse.shape[1],
@@ -48,7 +49,7 @@ def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor 
         out_strides=out_strides,
         blocks=blocks,
         BY_ROW=by_row,
-        SCALE_FIRST=bias_or_mask or not problem.scale > 0,
+        SCALE_FIRST=has_terms or not problem.scale > 0,
     )
 
 
@@ -125,6 +126,58 @@ def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tens
             grad_bias_strides=_list_strides(grads.kv_bias),
             blocks=blocks,
         )
+    if grads.rel_h is not None or grads.rel_w is not None:
+        _backward_rel_pos(problem, inputs, grads.rel_h, grads.rel_w)
+
+
+def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h: Tensor | None, grad_w: Tensor | None) -> None:
+    from tokenops.triton.sparse_attention import kernels
+
+    batch, heads, rows, _ = problem.query.shape
+    height, width = inputs["gh"], inputs["gw"]
+    for grad in (grad_h, grad_w):
+        if grad is not None and (problem.q_index is not None or grad.shape[3] == 1):
+            # rows that no slot names; and what all keys of a query have in common, its softmax does not know of
+            grad.zero_()
+    grad_h, grad_w = (None if grad is None or grad.shape[3] == 1 else grad for grad in (grad_h, grad_w))
+    if grad_h is None and grad_w is None:
+        return
+    kv_index, listed = problem.kv_index, None
+    if kv_index is not None and problem.cu_seqlens_k is None:
+        listed = _listed_keys(kv_index, problem.key.shape[2])
+        inputs = {**inputs, "kv_index": None, "kv_index_strides": (0, 0)}
+    tiles = _tiles("backward_query", problem, keys=width)
+    chunks = -(-width // tiles.block_k)
+    parts = None
+    if grad_h is not None:
+        # what is added up is rounded once
+        parts = grad_h.unsqueeze(0) if chunks == 1 else grad_h.new_zeros((chunks, batch, heads, rows, height), dtype=torch.float32)
+    blocks = _blocks(inputs["K"], tiles.block_q, problem.cu_seqlens_q)
+    _launch(
+        kernels.backward_rel_pos,
+        blocks * chunks * batch * heads,
+        problem.query,
+        tiles,
+        **inputs,
+        grad_rel_h=parts,
+        grad_rel_w=grad_w,
+        listed=listed,
+        grad_rel_h_strides=(0, 0, 0, 0) if parts is None else parts.stride()[:4],
+        grad_rel_w_strides=(0, 0, 0) if grad_w is None else grad_w.stride()[:3],
+        listed_strides=_list_strides(listed),
+        blocks=blocks,
+        chunks=chunks,
+    )
+    if parts is not None and grad_h is not None and chunks != 1:
+        grad_h.copy_(parts.sum(0))
+
+
+def _listed_keys(index: Tensor, rows: int) -> Tensor:
+    """[1|B, 1|Hkv, M] bytes: 1 where some slot of [1|B, 1|Hkv, L] names the row."""
+    # one more place, for empty slots
+    marks = torch.zeros((*index.shape[:2], rows + 1), dtype=torch.uint8, device=index.device)
+    at = index.long().masked_fill((index < 0) | (index >= rows), rows)
+    return marks.scatter_(2, at, 1)[:, :, :rows]
 
 
 def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
@@ -135,8 +188,11 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
     if mask is not None and mask.dtype == torch.bool:
         # the same bytes under a type that every Triton loads alike
         mask = mask.view(torch.uint8)
-    mask_strides = (0, 0, 0, 0) if mask is None else _strides(mask)
-    unit, (query_strides, key_strides, value_strides, *other_strides) = _row_strides(query, key, value, *others)
+    mask_strides = (0, 0, 0, 0) if mask is None else strides_of(mask)
+    rel_h, rel_w = (None if x is None else _dense(x) for x in (problem.rel_h, problem.rel_w))
+    rel_strides = tuple((0, 0, 0) if x is None else strides_of(x)[:3] for x in (rel_h, rel_w))
+    reaches = [query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3], *(query.shape[2] * rows[2] for rows in rel_strides)]
+    unit, (query_strides, key_strides, value_strides, *other_strides) = grid_strides(query, key, value, *others)
     block_d, block_dv = pad_heads(query.shape[-1], value.shape[-1])
     inputs = {
         "query": query,
@@ -146,6 +202,8 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "kv_index": kv_index,
         "bias": bias,
         "mask": mask,
+        "rel_h": rel_h,
+        "rel_w": rel_w,
         "cu_seqlens_q": problem.cu_seqlens_q,
         "cu_seqlens_k": problem.cu_seqlens_k,
         "query_strides": query_strides,
@@ -155,11 +213,14 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "kv_index_strides": _list_strides(kv_index),
         "bias_strides": _list_strides(bias),
         "mask_strides": mask_strides,
+        "rel_strides": rel_strides,
         "scale": problem.scale * math.log2(math.e),
         "N": query.shape[2],
         "M": key.shape[2],
         "K": query.shape[2] if q_index is None else q_index.shape[-1],
         "L": key.shape[2] if kv_index is None else kv_index.shape[-1],
+        "gh": 0 if rel_h is None else rel_h.shape[3],
+        "gw": 0 if rel_w is None else rel_w.shape[3],
         "H": query.shape[1],
         "sequences": 0 if problem.cu_seqlens_q is None else problem.cu_seqlens_q.shape[0] - 1,
         "GROUP": query.shape[1] // max(1, key.shape[1]),
@@ -167,7 +228,7 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
         "DV": value.shape[-1],
         "UNIT": unit,
         "CAUSAL": problem.is_causal,
-        "WIDE": query.shape[2] * mask_strides[2] + key.shape[2] * mask_strides[3] >= 2**31,
+        "WIDE": max(reaches) >= 2**31,
         "PRECISION": dot_precision(query.dtype),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
@@ -175,10 +236,12 @@ def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str
     return inputs, other_strides
 
 
-def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
+def _tiles(kernel: str, problem: AttentionProblem, keys: int | None = None) -> Tiles:
+    """``keys``: how many a program walks over at once, if not all that it sees."""
     query, key, value = problem.query, problem.key, problem.value
     queries = query.shape[2] if problem.q_index is None else problem.q_index.shape[-1]
-    keys = key.shape[2] if problem.kv_index is None else problem.kv_index.shape[-1]
+    if keys is None:
+        keys = key.shape[2] if problem.kv_index is None else problem.kv_index.shape[-1]
     if problem.max_seqlen_q is not None:
         queries = min(queries, problem.max_seqlen_q)
     if problem.max_seqlen_k is not None:
@@ -191,7 +254,7 @@ def _tiles(kernel: str, problem: AttentionProblem) -> Tiles:
         queries,
         keys,
         biased=problem.kv_bias is not None or problem.is_causal,
-        mask_itemsize=0 if problem.attn_mask is None else problem.attn_mask.element_size(),
+        gathered=sum(0 if x is None else x.element_size() for x in (problem.attn_mask, problem.rel_h, problem.rel_w)),
         limit=None if interpreting() else shared_memory(query.get_device()),
     )
 
@@ -208,24 +271,8 @@ def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: A
     launch(kernel, programs, on, **arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides under which an axis of length 1 broadcasts."""
-    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-
-
 def _list_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else _strides(tensor)[:2]
-
-
-def _row_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
-    """Batch, head and row strides of every tensor, and the unit they are counted in.
-
-    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it.
-    """
-    strides = [(0, 0, 0) if tensor is None else _strides(tensor)[:3] for tensor in tensors]
-    if any(stride % 8 for three in strides for stride in three):
-        return 1, strides
-    return 8, [(batch // 8, head // 8, row // 8) for batch, head, row in strides]
+    return (0, 0) if tensor is None else strides_of(tensor)[:2]
 
 
 def _dense(tensor: Tensor) -> Tensor:

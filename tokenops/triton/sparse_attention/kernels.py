@@ -144,6 +144,23 @@ def _hide(tile, hidden, mask, strides, n, m, within, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _add_rel_pos(logits, rel_h, rel_w, strides, n, rank, gh, gw, within, WIDE: tl.constexpr):
+    """Adds rel_h[n, rank // gw] + rel_w[n, rank % gw] for query rows ``n`` and cells ``rank`` of a gh x gw grid; behind its end nothing.
+
+    ``n`` and ``rank`` lie along their own axes, so either orientation works. Each load is a tile, but of few addresses: rel_h has one value
+    for gw neighbouring cells, and a row of either stays in the first cache while a program walks over the cells.
+    """
+    if rel_h is not None:
+        within = within & (rank < gh * gw)
+        if WIDE:
+            n = n.to(tl.int64)
+        h = tl.load(rel_h + (n * strides[0][2] + rank // gw), mask=within, other=0.0).to(tl.float32)
+        w = tl.load(rel_w + (n * strides[1][2] + rank % gw), mask=within, other=0.0).to(tl.float32)
+        logits += _to_log2(h + w)
+    return logits
+
+
+@triton.jit
 def _causal_end(kv_index, begin, end, last, RANKED: tl.constexpr):
     """The slot behind the last one that query ``last`` sees. Of an ascending list this skips all the rest; of any list, nothing visible."""
     if RANKED:
@@ -171,7 +188,7 @@ def _causal_begin(q_index, begin, end, nearest, RANKED: tl.constexpr, BLOCK: tl.
         return bound // BLOCK * BLOCK
 
 
-@triton.jit(do_not_specialize=["N", "M", "K", "L", "blocks", "sequences"])
+@triton.jit(do_not_specialize=["N", "M", "K", "L", "gh", "gw", "blocks", "sequences"])
 def forward(
     query,  # [B, H, N, D]
     key,  # [B, H / GROUP, M, D]
@@ -183,6 +200,8 @@ def forward(
     kv_index,  # [1|B, 1|H / GROUP, L] int32 or None
     bias,  # [1|B, 1|H / GROUP, M] float32 or None
     mask,  # [1|B, 1|H, 1|N, 1|M] bytes, floats or None
+    rel_h,  # [B, H, N, gh] or None
+    rel_w,  # [B, H, N, gw] or None
     cu_seqlens_q,  # [sequences + 1] int32 or None
     cu_seqlens_k,
     query_strides,
@@ -193,11 +212,14 @@ def forward(
     kv_index_strides,
     bias_strides,
     mask_strides,
+    rel_strides,  # (rel_h's, rel_w's), each of batch, head and row
     scale,  # natural scale * log2(e)
     N,
     M,
     K,
     L,
+    gh,
+    gw,
     H,
     blocks,  # query blocks a head
     sequences,
@@ -206,7 +228,7 @@ def forward(
     DV: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WIDE: tl.constexpr,  # the mask of one head has offsets beyond 32 bits
+    WIDE: tl.constexpr,  # the mask or rel_pos of one head has offsets beyond 32 bits
     BY_ROW: tl.constexpr,
     SCALE_FIRST: tl.constexpr,  # terms are added to the logits, or scale <= 0: the maximum has to be taken of scaled logits
     PRECISION: tl.constexpr,
@@ -246,6 +268,9 @@ def forward(
         bias += b * bias_strides[0] + h // GROUP * bias_strides[1]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
+    if rel_h is not None:
+        rel_h += b * rel_strides[0][0] + h * rel_strides[0][1]
+        rel_w += b * rel_strides[1][0] + h * rel_strides[1][1]
 
     q_slots = first + tl.arange(0, BLOCK_Q)
     rows, filled = _listed(q_index, q_slots, end, N)
@@ -283,6 +308,7 @@ def forward(
         if PACKED:
             order_k = k_slots - k_begin
         logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        logits = _add_rel_pos(logits, rel_h, rel_w, rel_strides, rows[:, None], order_k[None, :], gh, gw, within, WIDE)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         logits = _hide(logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         if CAUSAL:
@@ -358,7 +384,7 @@ def row_terms(
     tl.store(delta + at, tl.where(empty, 0.0, tl.sum(do * o, 1)))
 
 
-@triton.jit(do_not_specialize=["N", "M", "K", "L", "blocks", "sequences"])
+@triton.jit(do_not_specialize=["N", "M", "K", "L", "gh", "gw", "blocks", "sequences"])
 def backward_query(
     query,
     key,
@@ -371,6 +397,8 @@ def backward_query(
     kv_index,
     bias,
     mask,
+    rel_h,
+    rel_w,
     cu_seqlens_q,
     cu_seqlens_k,
     query_strides,
@@ -382,11 +410,14 @@ def backward_query(
     kv_index_strides,
     bias_strides,
     mask_strides,
+    rel_strides,
     scale,
     N,
     M,
     K,
     L,
+    gh,
+    gw,
     pitch,
     H,
     blocks,
@@ -433,6 +464,9 @@ def backward_query(
         bias += b * bias_strides[0] + h // GROUP * bias_strides[1]
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
+    if rel_h is not None:
+        rel_h += b * rel_strides[0][0] + h * rel_strides[0][1]
+        rel_w += b * rel_strides[1][0] + h * rel_strides[1][1]
 
     q_slots = first + tl.arange(0, BLOCK_Q)
     rows, filled = _listed(q_index, q_slots, end, N)
@@ -469,6 +503,7 @@ def backward_query(
         if PACKED:
             order_k = k_slots - k_begin
         logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        logits = _add_rel_pos(logits, rel_h, rel_w, rel_strides, rows[:, None], order_k[None, :], gh, gw, within, WIDE)
         p = _weights(logits, row_lse2[:, None])
         p = tl.where(seen[None, :], p, 0.0)
         p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
@@ -480,7 +515,145 @@ def backward_query(
     _store_rows(grad_query, rows, filled, grad_query_strides[2] * UNIT, dq * (scale * LN2), D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["N", "M", "K", "L", "blocks", "sequences"])
+@triton.jit(do_not_specialize=["N", "M", "K", "gh", "gw", "blocks", "chunks", "sequences"])
+def backward_rel_pos(
+    query,
+    key,
+    value,
+    grad_out,  # [B, H, K, DV]
+    lse2,
+    delta,
+    grad_rel_h,  # [chunks, B, H, N, gh] or None: what each chunk adds; this and the next are zero in rows that no slot names
+    grad_rel_w,  # [B, H, N, gw] or None
+    q_index,
+    kv_index,  # of packed sequences only
+    listed,  # [1|B, 1|H / GROUP, M] bytes, not 0 = some slot names this key; None: all, or packed
+    bias,
+    mask,
+    rel_h,
+    rel_w,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_out_strides,
+    grad_rel_h_strides,  # of chunk, batch, head and row
+    grad_rel_w_strides,
+    q_index_strides,
+    kv_index_strides,
+    listed_strides,
+    bias_strides,
+    mask_strides,
+    rel_strides,
+    scale,
+    N,
+    M,
+    K,
+    L,
+    gh,
+    gw,
+    pitch,
+    H,
+    blocks,  # query blocks a head
+    chunks,  # pieces of a row of cells
+    sequences,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    UNIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """A program owns a block of queries and some columns of the grid of cells, and walks down its rows.
+
+    In whatever order a list names the keys, a tile here is a piece of one row of cells: its sum over the tile is one element of grad_rel_h,
+    and tiles lie on top of each other for grad_rel_w. So neither needs a scatter, and each is one sum in one order.
+    """
+    PACKED: tl.constexpr = cu_seqlens_q is not None
+    chunk = tl.program_id(0) % chunks
+    block = tl.program_id(0) // chunks % blocks
+    h = (tl.program_id(0) // chunks // blocks % H).to(tl.int64)
+    b = (tl.program_id(0) // chunks // blocks // H).to(tl.int64)
+    if PACKED:
+        sequence, first, begin, end = _packed_block(block, cu_seqlens_q, sequences, K, BLOCK_Q)
+        if first >= end:
+            return
+        k_begin, k_end = _bounds(cu_seqlens_k, sequence, sequences, L)
+        k_end = tl.where(sequence < sequences, k_end, k_begin)
+    else:
+        first = block * BLOCK_Q
+        begin, end = 0, K
+        k_begin, k_end = 0, M
+
+    query += (b * query_strides[0] + h * query_strides[1]) * UNIT
+    key += (b * key_strides[0] + h // GROUP * key_strides[1]) * UNIT
+    value += (b * value_strides[0] + h // GROUP * value_strides[1]) * UNIT
+    grad_out += (b * grad_out_strides[0] + h * grad_out_strides[1]) * UNIT
+    if q_index is not None:
+        q_index += b * q_index_strides[0] + h * q_index_strides[1]
+    if kv_index is not None:
+        kv_index += b * kv_index_strides[0] + h // GROUP * kv_index_strides[1]
+    if listed is not None:
+        listed += b * listed_strides[0] + h // GROUP * listed_strides[1]
+    if bias is not None:
+        bias += b * bias_strides[0] + h // GROUP * bias_strides[1]
+    if mask is not None:
+        mask += b * mask_strides[0] + h * mask_strides[1]
+    rel_h += b * rel_strides[0][0] + h * rel_strides[0][1]
+    rel_w += b * rel_strides[1][0] + h * rel_strides[1][1]
+
+    q_slots = first + tl.arange(0, BLOCK_Q)
+    rows, filled = _listed(q_index, q_slots, end, N)
+    q = _load_rows(query, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
+    do = _load_rows(grad_out, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
+    row_lse2 = tl.load(lse2 + (b * H + h) * pitch + q_slots)
+    row_delta = tl.load(delta + (b * H + h) * pitch + q_slots)
+    order_q = rows
+    if PACKED:
+        order_q = q_slots - begin
+    if grad_rel_h is not None:
+        strides = grad_rel_h_strides
+        grad_rel_h += chunk.to(tl.int64) * strides[0] + b * strides[1] + h * strides[2] + rows.to(tl.int64) * strides[3]
+
+    at = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    dw = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for cell_row in range(gh):
+        cells = cell_row * gw + at
+        k_slots = k_begin + cells
+        columns, seen = _listed(kv_index, k_slots, k_end, M)
+        seen = seen & (at < gw)
+        if listed is not None:
+            seen = seen & (tl.load(listed + cells, mask=seen, other=0) != 0)
+        k = _load_rows(key, columns, seen, key_strides[2] * UNIT, D, BLOCK_D)
+        v = _load_rows(value, columns, seen, value_strides[2] * UNIT, DV, BLOCK_DV)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if bias is not None:
+            logits += _to_log2(tl.load(bias + columns, mask=seen, other=0.0))[None, :]
+        within = filled[:, None] & seen[None, :]
+        logits = _add_mask(logits, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        logits = _add_rel_pos(logits, rel_h, rel_w, rel_strides, rows[:, None], cells[None, :], gh, gw, within, WIDE)
+        p = _weights(logits, row_lse2[:, None])
+        p = tl.where(seen[None, :], p, 0.0)
+        p = _hide(p, 0.0, mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
+        if CAUSAL:
+            p = tl.where(cells[None, :] <= order_q[:, None], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - row_delta[:, None])
+        dw += ds
+        if grad_rel_h is not None:
+            tl.store(grad_rel_h + cell_row, tl.sum(ds, 1).to(grad_rel_h.dtype.element_ty), mask=filled)
+    if grad_rel_w is not None:
+        grad_rel_w += b * grad_rel_w_strides[0] + h * grad_rel_w_strides[1]
+        target = grad_rel_w + rows.to(tl.int64)[:, None] * grad_rel_w_strides[2] + at[None, :]
+        tl.store(target, dw.to(grad_rel_w.dtype.element_ty), mask=filled[:, None] & (at < gw)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "M", "K", "L", "gh", "gw", "blocks", "sequences"])
 def backward_key_value(
     query,
     key,
@@ -495,6 +668,8 @@ def backward_key_value(
     kv_index,
     bias,
     mask,
+    rel_h,
+    rel_w,
     cu_seqlens_q,
     cu_seqlens_k,
     query_strides,
@@ -508,11 +683,14 @@ def backward_key_value(
     kv_index_strides,
     bias_strides,
     mask_strides,
+    rel_strides,
     scale,
     N,
     M,
     K,
     L,
+    gh,
+    gw,
     pitch,
     H,
     blocks,  # key blocks a head
@@ -568,6 +746,9 @@ def backward_key_value(
         q_index += b * q_index_strides[0]
     if mask is not None:
         mask += b * mask_strides[0]
+    if rel_h is not None:
+        rel_h += b * rel_strides[0][0]
+        rel_w += b * rel_strides[1][0]
     first_head = kv_head * GROUP
     q_from = q_begin
     if CAUSAL:
@@ -615,6 +796,11 @@ def backward_key_value(
         if mask is not None:
             head_mask = mask + h * mask_strides[1]
         logits = _add_mask(logits, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
+        head_rel_h, head_rel_w = rel_h, rel_w
+        if rel_h is not None:
+            head_rel_h = rel_h + h * rel_strides[0][1]
+            head_rel_w = rel_w + h * rel_strides[1][1]
+        logits = _add_rel_pos(logits, head_rel_h, head_rel_w, rel_strides, rows[None, :], order_k[:, None], gh, gw, within, WIDE)
         p = _weights(logits, row_lse2[None, :])
         p = _hide(p, 0.0, head_mask, mask_strides, rows[None, :], columns[:, None], within, WIDE)
         if CAUSAL:

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     plain: Tiles
     biased: Tiles  # kv_bias or causal: a term or a row id for every key of the tile
-    masked: Tiles  # attn_mask: a tile of its own, gathered by two lists
+    masked: Tiles  # attn_mask or rel_pos: a tile of its own, gathered by two lists
 
 
 # (kernel, bytes of an element) -> {widest padded head: tiles}
@@ -36,9 +36,9 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
         256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(32, 32, 4, 3)),
     },
     ("backward_query", 2): {
-        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 4, 2)),
+        64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 8, 2)),
         128: Rows(plain=Tiles(64, 64, 8, 3), biased=Tiles(64, 64, 8, 3), masked=Tiles(64, 32, 4, 3)),
-        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 32, 8, 3)),
+        256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 16, 8, 2)),
     },
     ("backward_key_value", 2): {
         64: Rows(plain=Tiles(32, 128, 8, 3), biased=Tiles(32, 128, 8, 2), masked=Tiles(16, 64, 8, 2)),
@@ -53,7 +53,7 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     ("backward_query", 4): {
         64: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(32, 16, 8, 2), masked=Tiles(32, 16, 4, 2)),
-        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 8, 2)),
+        128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
     ("backward_key_value", 4): {
@@ -87,13 +87,13 @@ def choose_tiles(
     keys: int,
     *,
     biased: bool,
-    mask_itemsize: int,  # 0: no attn_mask
+    gathered: int,  # bytes that attn_mask and rel_pos have for an element of a tile; 0: neither is given
     limit: int | None,  # bytes of shared memory one program may use
 ) -> Tiles:
     """The table's tiles, cut to the problem and to the device."""
     rows = TABLE[kernel, itemsize][max(64, *pad_heads(head, value_head))]
-    tiles = _cut(kernel, rows.masked if mask_itemsize else rows.biased if biased else rows.plain, queries, keys)
-    while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, mask_itemsize) > limit:
+    tiles = _cut(kernel, rows.masked if gathered else rows.biased if biased else rows.plain, queries, keys)
+    while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, gathered) > limit:
         smaller = _step_down(kernel, tiles)
         if smaller == tiles:
             break
@@ -132,7 +132,7 @@ def _step_down(kernel: str, tiles: Tiles) -> Tiles:
     return tiles
 
 
-def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, mask_itemsize: int) -> int:
+def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize: int, gathered: int) -> int:
     """An upper bound on the shared memory of one program; ``make gpu-check`` holds it against the compilers."""
     d, dv = pad_heads(head, value_head)
     # the rows that a program keeps, and those that pass by
@@ -144,4 +144,4 @@ def shared_bytes(kernel: str, tiles: Tiles, head: int, value_head: int, itemsize
     between = tile if kernel == "forward" else 2 * tile
     # per-slot vectors are copied ahead too; reductions and layout changes take the rest, on sm_100 the most
     vectors = 16 * (tiles.block_q + tiles.block_k) * tiles.num_stages + 8192
-    return itemsize * (held + streamed * tiles.num_stages + between) + mask_itemsize * tile * tiles.num_stages + vectors
+    return itemsize * (held + streamed * tiles.num_stages + between) + gathered * tile * tiles.num_stages + vectors

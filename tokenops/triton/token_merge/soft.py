@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import dot_precision, launch, power_of_two, row_strides, tile_of
+from tokenops.triton.launch import dot_precision, launch, power_of_two, registers, row_strides, tile_of
 from tokenops.types import SoftMergeGradients
 
 # elements of the tile of a program that multiplies nothing
@@ -30,17 +30,18 @@ class Blocks(NamedTuple):
 
 
 # (kernel, bytes of an element): the largest blocks that spill no register on any architecture that ``make gpu-check`` compiles for. None
-# was chosen by time. float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers.
+# was chosen by time. The first two kernels multiply the same blocks: at low temperatures they must agree to the last bit of a score.
+# float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers.
 TABLE = {
     ("token_softmax", 2): Blocks(64, 64, 64, 0, 0, 4),
-    ("collect", 2): Blocks(64, 64, 64, 0, 128, 4),
+    ("collect", 2): Blocks(64, 64, 64, 0, 128, 8),
     ("token_terms", 2): Blocks(64, 32, 64, 32, 0, 4),
     ("backward_x", 2): Blocks(64, 32, 64, 0, 128, 4),
-    ("backward_metric", 2): Blocks(64, 32, 64, 32, 64, 4),
+    ("backward_metric", 2): Blocks(64, 32, 64, 32, 64, 8),
     ("backward_meta", 2): Blocks(64, 32, 64, 32, 64, 4),
     ("token_softmax", 4): Blocks(32, 32, 16, 0, 0, 4),
     ("collect", 4): Blocks(32, 32, 16, 0, 32, 4),
-    ("token_terms", 4): Blocks(32, 32, 16, 16, 0, 8),
+    ("token_terms", 4): Blocks(32, 16, 16, 16, 0, 4),
     ("backward_x", 4): Blocks(32, 32, 32, 0, 32, 4),
     ("backward_metric", 4): Blocks(32, 16, 16, 16, 32, 4),
     ("backward_meta", 4): Blocks(32, 16, 16, 16, 32, 4),
@@ -160,6 +161,8 @@ class _Call:
             "F": metric.shape[2],
             "PRECISION": dot_precision(metric.dtype),
             "num_stages": 2,
+            # each kernel multiplies the scores anew; all must round them alike, so nothing may be fused with what follows in one of them
+            "enable_fp_fusion": False,
         }
 
     def launch(self, kernel: Any, columns: int = 0, /, **arguments: Any) -> None:
@@ -185,6 +188,8 @@ class _Call:
             BLOCK_M=min(cut.metas, _pad(self.meta.shape[1])),
             BLOCK_F=min(cut.metric, _pad(self.metric.shape[2])),
             num_warps=cut.num_warps,
+            # or the assembler spills a few to fit one more program beside the others
+            **registers(255),
         )
 
     def blocks(self, kernel: str) -> int:

@@ -262,28 +262,29 @@ def collect(
     for n_first in range(0, N, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
         exists = n < N
+        # as ``token_softmax`` multiplies them, tokens first: at low temperatures the last bit of a score decides over a weight
         products = _products(
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
             metric,
             n_first,
             exists,
             metric_strides[1],
+            meta,
+            m_first,
+            m < M,
+            meta_strides[1],
             F,
             WHOLE_F,
             PRECISION,
-            BLOCK_M,
             BLOCK_N,
+            BLOCK_M,
             BLOCK_F,
         )
-        scores = products * _factors(metric_inverse, n, exists)[None, :] * inverse[:, None] * cool
-        w = tl.exp2(scores - _vector(origin, n, exists)[None, :]) * _vector(weight, n, exists)[None, :]
-        w = tl.where((m < M)[:, None], w, 0.0)
-        mass += tl.sum(w, 1)
+        scores = products * _factors(metric_inverse, n, exists)[:, None] * inverse[None, :] * cool
+        w = tl.exp2(scores - _vector(origin, n, exists)[:, None]) * _vector(weight, n, exists)[:, None]
+        w = tl.where((m < M)[None, :], w, 0.0)
+        mass += tl.sum(w, 0)
         rows = _tile(x, n_first, exists, x_strides[1], channel, C, BLOCK_N)
-        total = tl.dot(w.to(rows.dtype), rows, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(w.to(rows.dtype)), rows, total, input_precision=PRECISION)
     empty = mass == 0.0
     total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, mass)[:, None])
     _store_tile(out + b * M * C, m_first, m < M, C, channel, total, C, BLOCK_M)

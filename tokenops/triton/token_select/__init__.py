@@ -63,6 +63,8 @@ def select(score: Tensor, threshold: float | None, protect: int, index: Tensor, 
         BLOCK=block,
         # 16 scores a thread: with more of them registers spill, with fewer the same work takes more instructions
         num_warps=max(1, block // 512),
+        # as many as there are for 16 warps; left to itself, the assembler spills a few to fit one more program beside the others
+        **registers(128),
     )
 
 
