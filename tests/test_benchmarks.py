@@ -31,6 +31,7 @@ from tokenops.benchmarks import (
     chart,
     compare,
     delta_matmul,
+    frames,
     harness,
     picture,
     record,
@@ -220,6 +221,66 @@ COMPILED = [pair for pair in CASES if names(pair) in ("small-match", "small-into
 def test_compiled_peers(room: ModuleType, case: Any, request_for_tiny: Request) -> None:
     ran = check_contenders(room, case, request_for_tiny._replace(slow_peers=True))
     assert "torch, compiled" in {outcome.name for outcome in ran}
+
+
+class TestFrames:
+    """What calls with a state are timed on, and what makes their results right."""
+
+    def test_every_frame_changes_the_tokens_of_its_list_and_no_others(self) -> None:
+        film = frames.rotating([(1, 2, 30, 4), (1, 30, 3)], 7)
+        lists = [set(index[0].tolist()) for index in film.index]
+        assert len(film.grids) == len(lists) == 4
+        assert film.counts == [7] * 4
+        assert all(now != before for now, before in zip(lists, lists[-1:] + lists[:-1], strict=True))
+        for now, before, listed in zip(film.grids, film.grids[-1:] + film.grids[:-1], lists, strict=True):
+            for grid, old in zip(now, before, strict=True):
+                changed = (grid != old).flatten(0, -3).any(-1).any(0) if grid.dim() > 2 else None
+                assert set(changed.nonzero().flatten().tolist()) == listed
+
+    def test_a_film_goes_there_and_back_again(self) -> None:
+        pictures = [(torch.full((1, 4, 1), 1.0).index_fill(1, torch.arange(at), 5.0 + at),) for at in range(4)]
+        film = frames.from_film(pictures)
+        assert [grids[0] is pictures[at][0] for grids, at in zip(film.grids, (0, 1, 2, 3, 2, 1), strict=True)] == [True] * 6
+        assert [index[0].tolist() for index in film.index] == [[0, -1, -1], [0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 2], [0, 1, -1]]
+        assert film.counts == [1, 1, 2, 3, 3, 2]
+
+    def test_a_stream_starts_once_and_goes_around(self) -> None:
+        calls: list[int] = []
+
+        def step(state: list[int], at: int) -> tuple[harness.Results, list[int]]:
+            calls.append(at)
+            return (torch.tensor(len(state)),), [*state, at]
+
+        stream = frames.Stream(3, lambda: [7], step)
+        first = stream()
+        assert [int(x) for [x] in stream.checked(first)] == [1, 2]
+        assert [int(*stream()) for _ in range(3)] == [3, 4, 5]
+        assert calls == [0, 1, 2, 0, 1]
+
+    @pytest.mark.parametrize("name", ["scant-attention", "scant-attention-paper", "scant-block", "scant-gate", "scant-linear"])
+    @pytest.mark.parametrize("call", [1, 2])
+    def test_a_wrong_frame_is_wrong(self, name: str, call: int) -> None:
+        """The first of those that are compared, or the last; and of every contender."""
+        trial = delta_matmul.prepare(next(case for case in DELTA if case.name == name), Request())
+        for contender in trial.contenders:
+            stream = contender.run
+            right = stream.step
+
+            def spoilt(state: Any, at: int, right: Callable[..., Any] = right) -> Any:
+                results, state = right(state, at)
+                values = [x for x in results if x.is_floating_point()]
+                # the last frame's grid may be the state: what is spoilt is a copy
+                return tuple(x * 1.001 if x is values[0] and at == call - 1 else x for x in results), state
+
+            stream.step = spoilt
+        statuses = {o.name: o.status for o in harness.measure(trial, "fp32", harness.CpuClock(), 0.001, 1).outcomes}
+        assert set(statuses.values()) == {"wrong"}, statuses
+
+    def test_a_wrong_choice_is_wrong(self) -> None:
+        change = torch.tensor([[[4.0], [3.0], [0.0], [2.0]]])
+        assert delta_matmul.block.rightness(change, torch.tensor([[0, 1]]), 2).tolist() == [1.0] * 4
+        assert delta_matmul.block.rightness(change, torch.tensor([[0, 3]]), 2).tolist() == [1.0, 1.0, 1.0, pytest.approx(2 / 3)]
+        assert delta_matmul.block.rightness(change * 0, torch.tensor([[0, 3]]), 2).tolist() == [1.0] * 4
 
 
 class TestMatching:
@@ -619,6 +680,26 @@ def test_bench_reports_memory_and_the_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_bench_says_how_much_of_the_saving_the_clock_shows(tmp_path: Path) -> None:
+    numbers = tmp_path / "run.json"
+    done = invoke("bench", "delta_matmul", "--seconds", "0.01", "--json", numbers, "--case", "scant-attention-fp32", "--case", "film-fp32")
+    assert done.exit_code == 0, done.output
+    attention, *films = record.read(numbers)["cases"]
+    # 9 of 40 tokens: 3 J N - 2 J^2 of N^2 pairs
+    assert attention["flops"] / attention["dense"]["flops"] == (3 * 9 * 40 - 2 * 81) / 1600
+    ours = next(contender for contender in attention["contenders"] if contender["ours"])
+    assert ours["merit"] == pytest.approx(ours["faster_than"]["SDPA"]["median"] * attention["flops"] / attention["dense"]["flops"])
+    words = " ".join(done.output.split())
+    assert (
+        f"1.74x fewer operations than SDPA, {ours['faster_than']['SDPA']['median']:.2f}x faster: {ours['merit']:.2f} of the saving" in words
+    )
+    assert "9 of 40 tokens change; the state holds" in words
+    for film in films:
+        assert re.search(r"^(\d+, )+\d+ .*tokens change", film["remark"])
+    assert "relative difference from a dense block" in films[1]["remark"]
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_bench_with_a_wrong_result_of_ours_fails_and_prints_no_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = sparse_attention.tokenops.sparse_attention
     monkeypatch.setattr(sparse_attention.tokenops, "sparse_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
@@ -728,6 +809,31 @@ def test_picture_of_a_frame(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert str(drawing) in done.output
     assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("frame", [0, 50, 131])
+def test_picture_of_what_changed(frame: int, tmp_path: Path) -> None:
+    drawing = tmp_path / "frames.png"
+    done = invoke("picture", drawing, "--room", "delta_matmul", "--frame", frame)
+    assert done.exit_code == 0, done.output
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_shows_the_tokens_that_changed() -> None:
+    pictures, first = video.read_frames(video.EXCERPT), 50
+    sent = picture.sent_tokens(pictures, first)
+    panels = picture.sent_panels(pictures, first, sent)
+    assert [panel.title for panel in panels] == [f"frame {first + at}: {int(mask.sum())} of 784 tokens" for at, mask in enumerate(sent)]
+    last = pictures[first - 1]
+    for frame, mask, panel in zip(pictures[first:], sent, panels, strict=False):
+        for y, x in ((3, 4), (14, 14), (20, 9), (27, 0)):
+            at = (slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+            change = (frame[at].float() - last[at].float()).div(127.5).square().mean().sqrt()
+            assert bool(mask[y, x]) == bool(change > delta_matmul.NOTICED)
+            torch.testing.assert_close(panel.image[at], frame[at] / 255 * (1.0 if mask[y, x] else picture.DIMMED))
+        # a token that was not sent is compared with what was sent before
+        last = torch.where(mask.repeat_interleave(8, 0).repeat_interleave(8, 1)[..., None], frame, last)
+    assert 0 < sum(int(mask.sum()) for mask in sent) < 4 * 784
 
 
 def test_clusters_of_a_picture() -> None:
