@@ -1,4 +1,4 @@
-"""Work on what changed since the last frame, on a GPU: which tokens changed (gate), layers on listed rows (linear), buffers (rows), attention.
+"""Work on what changed since the last frame, on a GPU: what changed (gate), layers on listed rows (linear), buffers (rows), attention.
 
 Each has a file of launchers, and one of kernels, imported with Triton on the first launch: this package imports, and answers with its
 objections, where Triton is missing.

@@ -139,7 +139,9 @@ def _add_keys(
             columns, seen = _named(ids, M)
             # those of the next turn, see the kernels of sparse_attention
             ids = _ids(cells, at + BLOCK_K, slots)
-        logits = _logits(q, rows, filled, columns, seen, keys, key_stride, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D)
+        logits = _logits(
+            q, rows, filled, columns, seen, keys, key_stride, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D
+        )
         if GONE:
             p = tl.exp2(logits - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
             total -= tl.sum(p, 1)
@@ -162,7 +164,22 @@ def _add_keys(
 
 @triton.jit
 def _store_sums(
-    output, maximum, total, peak, out, first, rows, written, o, m, s, top, out_stride, DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_DV: tl.constexpr
+    output,
+    maximum,
+    total,
+    peak,
+    out,
+    first,
+    rows,
+    written,
+    o,
+    m,
+    s,
+    top,
+    out_stride,
+    DV: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """Sums of a block of rows into the state, and their quotient into the result."""
     tl.store(maximum + first + rows, m, mask=written)
@@ -372,7 +389,23 @@ def paper(
             columns, seen = _named(ids, M)
             ids = _ids(cells, at + BLOCK_K, J)
         logits = _logits(
-            q, rows, filled, columns, seen, key, key_strides[2] * UNIT, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D
+            q,
+            rows,
+            filled,
+            columns,
+            seen,
+            key,
+            key_strides[2] * UNIT,
+            rel_h,
+            rel_w,
+            rel_strides,
+            gh,
+            gw,
+            scale,
+            D,
+            WIDE,
+            PRECISION,
+            BLOCK_D,
         )
         p = (tl.exp2(logits - m[:, None]) * share[:, None]).to(STORED)
         tl.store(probability + columns.to(tl.int64)[None, :] * N + rows[:, None], p, mask=filled[:, None] & seen[None, :])

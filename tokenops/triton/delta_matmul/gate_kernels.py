@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenops.triton.delta_matmul.row_kernels import _compact, _listed, _normalized, _places, _statistics, _sums
+from tokenops.triton.delta_matmul.row_kernels import _listed, _normalized, _places, _statistics, _sums
 
 LARGEST_INT = tl.constexpr(0x7FFFFFFF)
 
