@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenops.models.blocks import Attention, Block, MultiplyAdds, attend, initialise, load_strictly, renamed
+from tokenops.models.blocks import Attention, Block, MultiplyAdds, attend, fused_linear, fused_mlp, initialise, load_strictly, renamed
 from tokenops.ops.sparse_attention import sparse_attention_varlen
 from tokenops.ops.token_select import halt_tokens, index_from_mask, pack_tokens
 from tokenops.types import HaltState
@@ -83,19 +83,6 @@ class HaltingConfig(NamedTuple):
         return MultiplyAdds(int(total), int(published))
 
 
-def _presets() -> dict[str, HaltingConfig]:
-    kinetics = {f"minik_g0{g}_beta{beta}": HaltingConfig((1.0, g / 10), float(beta)) for g, beta in ((3, 5), (3, 10), (5, 20), (7, 20))}
-    activity = {
-        f"anet_g0{g}_beta{beta}": HaltingConfig((1.0, g / 10), float(beta), frames=10, stride=64)
-        for g, beta in ((3, 10), (5, 10), (5, 20), (7, 20))
-    }
-    return kinetics | activity
-
-
-# Mini-Kinetics and ActivityNet, by the published names
-PRESETS = _presets()
-
-
 class HaltingStats(NamedTuple):
     feature: Tensor  # [B, C] what the heads see
     token_counts: Tensor  # [B, J] int64, tokens of the clip entering each joint layer, class token included; 0 once that has halted
@@ -116,7 +103,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"clip must be [B, 3, T, H, W] with H and W multiples of {p}, got {list(clip.shape)}")
         patches = clip.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 3, 5, 2, 1, 4, 6)
         # not the convolution: as a matrix product the result comes in the order of the tokens
-        return F.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
+        return fused_linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Glimpser(Block):
@@ -129,15 +116,20 @@ class Glimpser(Block):
         self.temporal_attn = Attention(config.dim, config.num_heads)
         self.temporal_fc = nn.Linear(config.dim, config.dim)
 
-    def forward(self, z: Tensor, frames: int) -> tuple[Tensor, Tensor | None]:  # [B, 1 + S T, C] -> [B, 1 + K T, C], [B, T, K]
+    # a block that also needs the number of frames, and tells what it kept
+    def forward(  # type: ignore[override]
+        self,
+        z: Tensor,  # [B, 1 + S T, C]
+        frames: int,
+    ) -> tuple[Tensor, Tensor | None]:  # [B, 1 + K T, C], [B, T, K]
         batch = z.shape[0]
         # patches first: the sequences of a slot and those of a frame are then both plain strides
         x = z[:, 1:].unflatten(1, (-1, frames)).transpose(0, 1)  # [S, B, T, C]
-        over_time = self.temporal_attn(self.temporal_norm1(x).flatten(0, 1))
-        x = x + self.temporal_fc(self.drop_path(over_time)).view(x.shape)
+        over_time = self.drop_path(self.temporal_attn(x.flatten(0, 1), self.temporal_norm1))
+        x = x + fused_linear(over_time, self.temporal_fc.weight, self.temporal_fc.bias).view(x.shape)
         class_token = z[:, 0]
         rows = torch.cat([class_token[None, :, None].expand(1, -1, frames, -1), x])
-        qkv = self.attn.qkv(self.norm1(rows)).flatten(1, 2).transpose(0, 1)  # [B T, 1 + S, 3 C]
+        qkv = fused_linear(rows.flatten(1, 2), self.attn.qkv.weight, self.attn.qkv.bias, self.norm1).transpose(0, 1)  # [B T, 1 + S, 3 C]
         query, key, value = self.attn.heads(qkv)
         if self.keep_rate == 1.0:
             residual = self._residual(attend(query, key, value), batch)
@@ -159,17 +151,17 @@ class Glimpser(Block):
             class_token = residual[0].mean(1)
             kept = kept.unflatten(0, (batch, frames))
         z = torch.cat([class_token[:, None], x.transpose(0, 1).flatten(1, 2)], 1)
-        return z + self.drop_path(self.mlp(self.norm2(z))), kept
+        return z + self.drop_path(fused_mlp(z, self.mlp, self.norm2)), kept
 
     def _residual(self, attended: Tensor, batch: int) -> Tensor:  # [B T, 1 + K, C] -> [1 + K, B, T, C]
-        over_space = self.attn.proj(attended.transpose(0, 1))
+        over_space = fused_linear(attended.transpose(0, 1), self.attn.proj.weight, self.attn.proj.bias)
         return self.drop_path(over_space.transpose(0, 1)).transpose(0, 1).unflatten(1, (batch, -1))
 
 
 def glimpse(query: Tensor, key: Tensor) -> Tensor:  # [B, H, 1, D], [B, H, 1 + S, D] -> [B, S]
     """How much the class token attends to each patch, on average over the heads."""
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
-    return logits.float().softmax(-1).mean(1)[:, 0, 1:]
+    return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).mean(1)[:, 0, 1:]
 
 
 def take(x: Tensor, kept: Tensor) -> Tensor:  # [S, B, T, C], [B T, K] -> [K, B, T, C]
@@ -203,16 +195,15 @@ def joint_layer(block: Block, tokens: Tokens, n: int, last: bool) -> Tensor:
     z, bounds, clip = tokens.z, tokens.cu_seqlens, tokens.clip
     rows, batch = len(clip), len(bounds) - 1
     samples = torch.arange(batch + 1, device=z.device, dtype=torch.int32)
-    # a zero row leaves as the bias of norm1, as a halted token does in the published code: the same key and value, and gradients
-    normed = block.norm1(z)
+    # a zero row leaves norm1 as its bias, as a halted token does in the published code: the same key and value, and gradients
+    weight, bias, heads, c = block.attn.qkv.weight, block.attn.qkv.bias, block.attn.num_heads, z.shape[1]
     if last:
         x, owner, bounds_q = class_rows(tokens, z), samples[:-1], samples
-        weight, bias = block.attn.qkv.weight.split([z.shape[1], 2 * z.shape[1]]), block.attn.qkv.bias.split([z.shape[1], 2 * z.shape[1]])
-        query = F.linear(class_rows(tokens, normed), weight[0], bias[0]).unflatten(-1, (block.attn.num_heads, -1))
-        key, value = F.linear(normed, weight[1], bias[1]).unflatten(-1, (2, block.attn.num_heads, -1)).unbind(1)
+        query = fused_linear(x, weight[:c], bias[:c], block.norm1).unflatten(-1, (heads, -1))
+        key, value = fused_linear(z, weight[c:], bias[c:], block.norm1).unflatten(-1, (2, heads, -1)).unbind(1)
     else:
         x, owner, bounds_q = z[:rows], clip, bounds
-        query, key, value = block.attn.qkv(normed).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+        query, key, value = fused_linear(z, weight, bias, block.norm1).unflatten(-1, (3, heads, -1)).unbind(1)
         query = query[:rows]
     # the keys of a clip: its rows, then its zero row, which counts as often as tokens have halted (log 0 hides it)
     key_index = None if batch == 1 else torch.cat([clip, samples[:-1]]).argsort(stable=True)
@@ -220,8 +211,9 @@ def joint_layer(block: Block, tokens: Tokens, n: int, last: bool) -> Tensor:
     kv_bias = torch.cat([halted.new_zeros(rows), halted.log()])
     attended = sparse_attention_varlen(query, key, value, bounds_q, bounds + samples, kv_index=key_index, kv_bias=kv_bias)
     assert isinstance(attended, Tensor)
-    x = x + block.drop_path(block.attn.proj(attended.flatten(1)), owner, batch)
-    return x + block.drop_path(block.mlp(block.norm2(x)), owner, batch)
+    residual = fused_linear(attended.flatten(1), block.attn.proj.weight, block.attn.proj.bias)
+    x = x + block.drop_path(residual, owner, batch)
+    return x + block.drop_path(fused_mlp(x, block.mlp, block.norm2), owner, batch)
 
 
 def class_rows(tokens: Tokens, x: Tensor) -> Tensor:  # [R or more, ...] -> [B, ...]
@@ -251,9 +243,8 @@ def without_halted(tokens: Tokens, z: Tensor, state: HaltState, ponder: bool) ->
     rows = int(before[-1])
     index = index_from_mask(stays, max_k=rows).index
     left = pack_tokens(z, index[None], packed=True, total=rows + len(bounds) - 1).tokens
-    of_rows = (t.index_select(0, index) for t in (tokens.clip, tokens.token, *state[:5]))
-    clip, token, *vectors = of_rows
-    return Tokens(left, bounds, clip, token, HaltState(*vectors, out=state.out)), stays
+    clip, token, *vectors = (t.index_select(0, index) for t in (tokens.clip, tokens.token, *state[:5]))
+    return Tokens(left, bounds, clip, token, HaltState._make((*vectors, state.out))), stays
 
 
 class HaltingVT(nn.Module):
@@ -261,9 +252,19 @@ class HaltingVT(nn.Module):
 
     Keep the weights in float32 and use autocast for half precision: halting scores need the residual stream's full precision.
 
-    >>> model = HaltingVT(PRESETS["minik_g03_beta10"]).eval()
+    >>> model = HaltingVT(HaltingVT.PRESETS["minik_g03_beta10"]).eval()
     >>> logits, stats = model(torch.randn(1, 3, 8, 224, 224), return_stats=True)
     """
+
+    # Mini-Kinetics and ActivityNet, by the published names
+    PRESETS: ClassVar[dict[str, HaltingConfig]] = {
+        f"{data}_g0{g}_beta{beta}": HaltingConfig((1.0, g / 10), float(beta), frames=frames, stride=stride)
+        for data, frames, stride, gates in (
+            ("minik", 8, 32, ((3, 5), (3, 10), (5, 20), (7, 20))),
+            ("anet", 10, 64, ((3, 10), (5, 10), (5, 20), (7, 20))),
+        )
+        for g, beta in gates
+    }
 
     def __init__(self, config: HaltingConfig) -> None:
         super().__init__()
@@ -306,7 +307,8 @@ class HaltingVT(nn.Module):
     ) -> HaltingVT:
         """From the released weights (``read_checkpoint(path, "state_dict")``), or those of the backbone alone. Sizes are read off them.
 
-        How tokens halt and how many patches are kept is not in the weights. A wrong number changes everything and raises nothing: see PRESETS.
+        How tokens halt and how many patches are kept is not in the weights, and a wrong number changes everything and raises nothing:
+        see PRESETS.
 
         Raises:
             ValueError: the state does not fit, with every missing, unexpected or mis-shaped entry.
@@ -319,9 +321,9 @@ class HaltingVT(nn.Module):
                 (r"(module\.)?(backbone\.)?(model\.)?", ""),
             ),
         )
-        heads = {"classes": _size(state, "head.weight", 0, 0), "motion": "motion_head.weight" in state}
         config = _sizes(state)._replace(
-            **heads,
+            classes=_size(state, "head.weight", 0, 0),
+            motion="motion_head.weight" in state,
             num_heads=num_heads,
             keep_rate=tuple(keep_rate),
             halt_scale=halt_scale,
@@ -361,15 +363,16 @@ class HaltingVT(nn.Module):
     ) -> Tensor | tuple[Tensor, HaltingStats]:  # [B, classes]
         """
         Args:
-            clip: pixels as ``normalised`` gives them. T, H and W may differ from the model's: its tables are then resized.
+            clip: pixels in -1 .. 1, as ``preprocess`` gives them. T, H and W may differ from the model's: its tables are then resized.
             return_stats: return (logits, HaltingStats).
             ponder: follow all tokens to their end for ``stats.rho``, also in clips that are finished. Default: in training.
 
         The logits are differentiable with or without. Halting decisions are constants.
         """
         ponder = self.training if ponder is None else ponder
-        z, kept = self.embed(clip), []
-        blocks = list(self.blocks)
+        z = self.embed(clip)
+        kept: list[Tensor] = []
+        blocks: list[Any] = list(self.blocks)
         for glimpser in blocks[: len(self.config.keep_rate)]:
             z, patches = glimpser(z, clip.shape[2])
             kept += [] if patches is None else [patches]
@@ -503,9 +506,13 @@ def frame_indices(length: int, frames: int, stride: int, *, generator: torch.Gen
     return index
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """0 .. 255 to -1 .. 1, as the published weights expect it."""
-    return (pixels.float() - 127.5) / 127.5
+def preprocess(frames: Tensor, size: int = 224) -> Tensor:  # [T, H, W, 3] uint8 -> [3, T, size, size]
+    """As in testing: the shorter side to 8 / 7 of the size, the centre of that, and 0 .. 255 to -1 .. 1."""
+    short = min(frames.shape[1:3])
+    height, width = (int(side * size * 8 / 7 / short + 0.5) for side in frames.shape[1:3])
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float(), (height, width), mode="bilinear")
+    top, left = (height - size) // 2, (width - size) // 2
+    return (x[:, :, top : top + size, left : left + size].transpose(0, 1) - 127.5) / 127.5
 
 
 def _size(state: Mapping[str, Tensor], key: str, axis: int, default: int) -> int:
