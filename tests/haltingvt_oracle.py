@@ -65,6 +65,12 @@ def noise(seed: int, name: str, shape: Shape) -> Tensor:
     return torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
 
 
+def probed(matrix: Tensor) -> Tensor:
+    """A matrix as two random sums over it, of its columns and of its rows: what golden data keeps of a large gradient."""
+    matrix = matrix.flatten(1)
+    return torch.cat([matrix @ noise(0, "columns", (matrix.shape[1],)), noise(0, "rows", (matrix.shape[0],)) @ matrix])
+
+
 def weights(case: Case) -> dict[str, Tensor]:
     """Random, with channel 0, the halting score, pushed up from layer to layer."""
     state = {}
@@ -111,7 +117,7 @@ def published(state: Mapping[str, Tensor], clip: Tensor, case: Case) -> Publishe
     x = x + pos[:, :, None] + time[:, None]
     c = (w["cls_token"] + w["pos_embed"][:, :1]).expand(batch, -1, -1)  # [B, 1, C]
 
-    kept = []
+    z, kept = torch.cat([c, x.flatten(1, 2)], 1), []
     for i, rate in enumerate(case.keep_rate):
         x = x + linear(f"blocks.{i}.temporal_fc", attention(f"blocks.{i}.temporal_attn", norm(f"blocks.{i}.temporal_norm1", x))[0])
         seq = torch.cat([c[:, None].expand(-1, frames, -1, -1), x.transpose(1, 2)], 2)  # [B, T, 1 + S, C]

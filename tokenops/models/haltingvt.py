@@ -501,6 +501,8 @@ def frame_indices(length: int, frames: int, stride: int, *, generator: torch.Gen
     spare = max(length - (frames - 1) * stride - 1, 0)
     start = spare // 2 if generator is None else int(torch.randint(spare + 1, (), generator=generator))
     index = (start + torch.arange(frames) * stride) % length
+    if frozen and generator is None:
+        raise ValueError("frozen needs a generator, got None")
     if frozen:
         index = index[torch.randint(frames, (), generator=generator)].expand(frames)
     return index
