@@ -295,7 +295,7 @@ X = torch.ones(2, 4, 3)
 ERRORS: dict[str, tuple[Any, ...]] = {
     "k > N": ((X, X), {"k": 5}, ValueError, r"k must be at most the number of tokens 4 \(strict=True\), got 5"),
     "negative threshold": ((X, X), {"threshold": -0.1}, ValueError, r"threshold must not be negative \(a norm never is\), got -0.1"),
-    "threshold NaN": ((X, X), {"threshold": torch.nan}, ValueError, "threshold must be a number, got nan"),
+    "threshold NaN": ((X, X), {"threshold": torch.nan}, ValueError, "threshold must not be negative .*, got nan"),
     "negative order": ((X, X), {"k": 1, "order": -1.0}, ValueError, "order must not be negative, got -1.0"),
     "no policy": ((X, X), {}, ValueError, "exactly one of k, fraction, threshold and index must be given, got none"),
     "two policies": ((X, X), {"k": 1, "index": torch.tensor([0])}, ValueError, "exactly one of .* got k, index"),

@@ -1,4 +1,4 @@
-"""Work on what changed since the last frame, on a GPU: which tokens changed (gate), layers on listed rows (linear), buffers (rows), attention.
+"""Work on what changed since the last frame, on a GPU: what changed (gate), layers on listed rows (linear), buffers (rows), attention.
 
 Each has a file of launchers, and one of kernels, imported with Triton on the first launch: this package imports, and answers with its
 objections, where Triton is missing.
@@ -15,6 +15,9 @@ from tokenops.triton.delta_matmul.attention import attention as attention
 from tokenops.triton.delta_matmul.attention import attention_objections
 from tokenops.triton.delta_matmul.gate import gate as gate
 from tokenops.triton.delta_matmul.gate import gate_backward as gate_backward
+from tokenops.triton.delta_matmul.linear import linear as linear
+from tokenops.triton.delta_matmul.linear import linear_backward as linear_backward
+from tokenops.triton.delta_matmul.linear import linear_into as linear_into
 from tokenops.triton.delta_matmul.rows import update as update
 from tokenops.triton.delta_matmul.rows import update_backward as update_backward
 from tokenops.triton.launch import device_objections

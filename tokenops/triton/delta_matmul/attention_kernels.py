@@ -139,7 +139,9 @@ def _add_keys(
             columns, seen = _named(ids, M)
             # those of the next turn, see the kernels of sparse_attention
             ids = _ids(cells, at + BLOCK_K, slots)
-        logits = _logits(q, rows, filled, columns, seen, keys, key_stride, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D)
+        logits = _logits(
+            q, rows, filled, columns, seen, keys, key_stride, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D
+        )
         if GONE:
             p = tl.exp2(logits - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
             total -= tl.sum(p, 1)
@@ -162,7 +164,22 @@ def _add_keys(
 
 @triton.jit
 def _store_sums(
-    output, maximum, total, peak, out, first, rows, written, o, m, s, top, out_stride, DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_DV: tl.constexpr
+    output,
+    maximum,
+    total,
+    peak,
+    out,
+    first,
+    rows,
+    written,
+    o,
+    m,
+    s,
+    top,
+    out_stride,
+    DV: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """Sums of a block of rows into the state, and their quotient into the result."""
     tl.store(maximum + first + rows, m, mask=written)
@@ -273,7 +290,8 @@ def exact(
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_Q], tl.float32)
     o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    slots = tl.where(tl.max(afresh.to(tl.int32), 0) > 0, M, 0)
+    # over a tile and not over its rows: the compiler for sm_100 cannot reduce what was reduced from an accumulator
+    slots = tl.where(tl.max(tl.broadcast_to(afresh[:, None], o.shape).to(tl.int32)) > 0, M, 0)
     m, s, o = _add_keys(
         m, s, o, q, rows, filled, key, value, key_stride, value_stride, None, slots, M,
         rel_h, rel_w, rel_strides, gh, gw, scale, D, DV, WIDE, PRECISION, False, BLOCK_K, BLOCK_D, BLOCK_DV,
@@ -372,7 +390,23 @@ def paper(
             columns, seen = _named(ids, M)
             ids = _ids(cells, at + BLOCK_K, J)
         logits = _logits(
-            q, rows, filled, columns, seen, key, key_strides[2] * UNIT, rel_h, rel_w, rel_strides, gh, gw, scale, D, WIDE, PRECISION, BLOCK_D
+            q,
+            rows,
+            filled,
+            columns,
+            seen,
+            key,
+            key_strides[2] * UNIT,
+            rel_h,
+            rel_w,
+            rel_strides,
+            gh,
+            gw,
+            scale,
+            D,
+            WIDE,
+            PRECISION,
+            BLOCK_D,
         )
         p = (tl.exp2(logits - m[:, None]) * share[:, None]).to(STORED)
         tl.store(probability + columns.to(tl.int64)[None, :] * N + rows[:, None], p, mask=filled[:, None] & seen[None, :])
