@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, dot_precision, grid_strides, interpreting, launch, registers, shared_memory, strides_of
+from tokenops.triton.launch import (
+    device_objections,
+    dot_precision,
+    grid_strides,
+    interpreting,
+    launch,
+    registers,
+    shared_memory,
+    strides_of,
+)
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
