@@ -76,9 +76,9 @@ MERGE = (
     token_merge.Case("small-into-meta", "soft merge", 41, meta=5, batch=2, channels=24, width=16),
 )
 DELTA = (
-    delta_matmul.Case("scant-attention", "attention", 9, 40, 32, 2),
+    delta_matmul.Case("scant-attention", "attention", 9, 40, 32, 2, published=True),
     delta_matmul.Case("scant-attention-functional", "attention", 9, 40, 32, 2, in_place=False),
-    delta_matmul.Case("scant-attention-paper", "attention", 9, 40, 32, 2, mode="paper"),
+    delta_matmul.Case("scant-attention-paper", "attention", 9, 40, 32, 2, mode="paper", published=True),
     delta_matmul.Case("scant-attention-film", "attention", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
     delta_matmul.Case("scant-first-frame", "flush", 40, 40, 32, 2),
     delta_matmul.Case("scant-scene-cut", "attention", 40, 40, 32, 2),
