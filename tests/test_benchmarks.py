@@ -761,7 +761,7 @@ def test_select_cases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, got 'no_such_room'"),
+        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, delta_matmul, got 'no_such_room'"),
         (["--backend", "abacus"], "--backend must be one of triton, cpu, .* got 'abacus'"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
