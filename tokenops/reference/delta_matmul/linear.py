@@ -47,7 +47,8 @@ def listed_gradients(problem: LinearProblem, grad_out: Tensor) -> LinearGradient
     rows = gathered
     if p.norm_weight is not None and p.norm_bias is not None:
         rows = normalized(rows, p.norm_weight, p.norm_bias, p.norm_eps)
-    inner = _affine(rows, p.weight, p.bias)
+    # one layer alone has gradients that need no result of it
+    inner = rows if p.activation == "none" and p.weight_2 is None else _affine(rows, p.weight, p.bias)
     # an empty slot gives nothing, also to the biases
     grad = grad_out.to(dtype).masked_fill((ids < 0).unsqueeze(-1), 0.0)
     weight_2, bias_2 = None, None
@@ -55,7 +56,8 @@ def listed_gradients(problem: LinearProblem, grad_out: Tensor) -> LinearGradient
         weight_2 = _outer(grad, _activated(inner, p.activation))
         bias_2 = grad.sum((0, 1))
         grad = grad @ p.weight_2.to(dtype)
-    grad = grad * _slope(inner, p.activation)
+    if p.activation != "none":
+        grad = grad * _slope(inner, p.activation)
     weight, bias = _outer(grad, rows), grad.sum((0, 1))
     grad, norm_weight, norm_bias = grad @ p.weight.to(dtype), None, None
     if p.norm_weight is not None:
@@ -92,7 +94,5 @@ def _slope(h: Tensor, activation: str) -> Tensor:
         return 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t.square()) * scale * (1.0 + 3.0 * 0.044715 * h.square())
     if activation == "relu":
         return (h > 0.0).to(h.dtype)
-    if activation == "silu":
-        s = torch.sigmoid(h)
-        return s * (1.0 + h * (1.0 - s))
-    return torch.ones_like(h)
+    s = torch.sigmoid(h)
+    return s * (1.0 + h * (1.0 - s))
