@@ -51,6 +51,7 @@ TINY = (
     sparse_attention.Case("tiny-bias", 2, 40, 17, "sample", heads=2, width=16, bias=True),
     sparse_attention.Case("tiny-ragged", 3, 40, (5, 30, 17), "sample", heads=2, width=16),
     sparse_attention.Case("tiny-short", 5, 8, None, "none", heads=2, width=16),
+    sparse_attention.Case("tiny-positions", 2, 40, None, "none", heads=2, width=16, rel_grid=(5, 8)),
     sparse_attention.Case("tiny-one-head", 1, 40, 17, heads=1, width=16),
     sparse_attention.Case("tiny-video", 2, video.TOKENS, 60, "video", heads=1, width=8),
     sparse_attention.Case("tiny-video-ragged", 2, video.TOKENS, (), "video", heads=1, width=8),
