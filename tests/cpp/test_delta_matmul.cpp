@@ -396,7 +396,8 @@ bool layers_are_right(const DeltaMatmulLoops& loops) {
 // float accuracy where the tolerance rule would not see its loss, and the ends of the range
 bool activations_are_right(const DeltaMatmulLoops& loops) {
   const Activation activation = pick_of({Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu});
-  const std::vector<double> points{-1e30, -200, -100, -20, -12, -5.5, -3, -1, -0.3, -1e-3, 0, 1e-3, 0.3, 1, 3, 5.5, 12, 20, 100, 1e30};
+  const std::vector<double> points{-3e38, -1e30, -200, -100, -20, -12, -5.5, -3, -1,  -0.3, -1e-3,
+                                   0,     1e-3,  0.3,  1,    3,   5.5, 12,   20, 100, 1e30, 3e38};
   const int64_t rows = static_cast<int64_t>(points.size());
   Numbers x(Storage::f32, rows, 0), out(Storage::f32, rows, kMark);
   std::vector<const void*> from;

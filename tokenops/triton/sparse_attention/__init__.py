@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, dot_precision, grid_strides, interpreting, launch, shared_memory, strides_of
+from tokenops.triton.launch import (
+    device_objections,
+    dot_precision,
+    grid_strides,
+    interpreting,
+    launch,
+    registers,
+    shared_memory,
+    strides_of,
+)
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -167,6 +176,8 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
         listed_strides=_list_strides(listed),
         blocks=blocks,
         chunks=chunks,
+        # left to itself, the assembler of sm_100 spills a register where that lets one more program run beside the others
+        **registers(255),
     )
     if parts is not None and grad_h is not None and chunks != 1:
         grad_h.copy_(parts.sum(0))
