@@ -140,8 +140,8 @@ def _attend_in_windows(
 def position_bias(
     query: Tensor, weights: Weights, grid: tuple[int, int], pool: tuple[int, int] | None = None, window: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """rel_h [B, H, N, gh], rel_w [B, H, N, gw]: products of the unscaled queries and the rows for distances from each key of the grid,
-    or of their window of it.
+    """rel_h [B, H, N, gh], rel_w [B, H, N, gw]: products of the unscaled queries and the rows for their distances from the keys of the
+    grid, or of their window.
     """
 
     def table(name: str, size: int, side: int, cell: int) -> Tensor:  # [size, side / cell, D]

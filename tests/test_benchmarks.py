@@ -83,6 +83,7 @@ DELTA = (
     delta_matmul.Case("scant-attention-film", "attention", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
     delta_matmul.Case("scant-first-frame", "flush", 40, 40, 32, 2),
     delta_matmul.Case("scant-scene-cut", "attention", 40, 40, 32, 2),
+    delta_matmul.Case("scant-windows", "windows", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
     delta_matmul.Case("scant-block", "block", 9, 40, 32, 2),
     delta_matmul.Case("scant-block-film", "block", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
     delta_matmul.Case("scant-gate", "gate", 9, 40, 32),
@@ -264,11 +265,14 @@ class TestFrames:
         assert [int(*stream()) for _ in range(3)] == [3, 4, 5]
         assert calls == [0, 1, 2, 0, 1]
 
-    @pytest.mark.parametrize("name", ["scant-attention", "scant-attention-paper", "scant-block", "scant-gate", "scant-linear"])
+    @pytest.mark.parametrize(
+        "name", ["scant-attention", "scant-attention-paper", "scant-block", "scant-gate", "scant-linear", "scant-windows"]
+    )
     @pytest.mark.parametrize("call", [1, 2])
-    def test_a_wrong_frame_is_wrong(self, name: str, call: int) -> None:
+    def test_a_wrong_frame_is_wrong(self, name: str, call: int, request_for_tiny: Request) -> None:
         """The first of those that are compared, or the last; and of every contender."""
-        trial = delta_matmul.prepare(next(case for case in DELTA if case.name == name), Request(slow_peers=True))
+        case = next(case for case in DELTA if case.name == name)
+        trial = delta_matmul.prepare(case, request_for_tiny._replace(slow_peers=True))
         for contender in trial.contenders:
             stream = contender.run
             right = stream.step
