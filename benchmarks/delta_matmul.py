@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenops
 from tokenops.dispatch import Backend, choose
+from tokenops.ops import sparse_attention
 from tokenops.ops.delta_matmul import BACKENDS
 from tokenops.reference import delta_matmul as reference
-from tokenops.types import DeltaAttentionProblem, DeltaState, GateProblem, LinearProblem
+from tokenops.types import DeltaAttentionProblem, DeltaState, GateProblem, LinearProblem, WindowState
 
 from . import delta_matmul_block as block
 from . import video
@@ -30,6 +31,7 @@ from .harness import DTYPES, Contender, Cost, Dense, Request, Results, Trial, bi
 
 FILM_TOKENS = (video.SIDE // 4) ** 2  # of 4 x 4 pixels
 FILM_FRAMES = 5  # there and back again: 8 frames without end
+WINDOW = 7  # tokens on each side, as in Swin
 NOTICED = 0.05  # of a pixel range of 2, in the mean square: a token that changed more is sent again
 
 PUBLISHED = "buffered logits, softmax of all rows, changed columns in place; without the full-size subtraction that the published code does"
@@ -39,7 +41,7 @@ EAGER = "norm, difference, vector norm, topk, gather, scatter"
 
 class Case(NamedTuple):
     name: str
-    operation: str  # "attention" | "flush" | "block" | "gate" | "linear" | "mlp"
+    operation: str  # "attention" | "flush" | "windows" | "block" | "gate" | "linear" | "mlp"
     k: int = 768  # tokens that change in each frame
     tokens: int = 4096  # N
     channels: int = 768  # C
@@ -48,6 +50,7 @@ class Case(NamedTuple):
     mode: str = "exact"
     in_place: bool = True
     film: bool = False  # consecutive frames of a video
+    published: bool = False  # also against the published update, whose three matrices [H, N, N] take seconds
     dtype: str = "fp32"
     direction: str = "fwd"
     quick: bool = False
@@ -56,17 +59,19 @@ class Case(NamedTuple):
 def _cases() -> Iterator[Case]:
     both = ["fp32 fwd"], ["bf16 fwd"]
     yield from variants(Case("video-attention", "attention", tokens=FILM_TOKENS, film=True), *both)
-    yield from variants(Case("video-block", "block", tokens=FILM_TOKENS, film=True), ["fp32 fwd"])
-    yield from variants(Case("attention-N4096-K768", "attention"), *both)
-    yield from variants(Case("attention-N4096-K256", "attention", 256), *both)
-    yield from variants(Case("attention-functional-N4096-K768", "attention", in_place=False), [], ["fp32 fwd"])
-    yield from variants(Case("attention-functional-N4096-K256", "attention", 256, in_place=False), [], ["fp32 fwd"])
-    yield from variants(Case("attention-paper-N4096-K768", "attention", mode="paper"), [], ["fp32 fwd", "bf16 fwd"])
-    yield from variants(Case("attention-paper-N4096-K256", "attention", 256, mode="paper"), [], ["fp32 fwd", "bf16 fwd"])
+    yield from variants(Case("video-block", "block", tokens=FILM_TOKENS, film=True), [], ["fp32 fwd"])
+    for k in (768, 256):
+        attention = Case(f"attention-N4096-K{k}", "attention", k)
+        yield from variants(attention._replace(published=True), *((["fp32 fwd"], []) if k == 768 else ([], ["fp32 fwd"])))
+        yield from variants(attention, [], ["bf16 fwd"])
+        yield from variants(attention._replace(name=f"attention-functional-N4096-K{k}", in_place=False), [], ["fp32 fwd"])
+        paper = attention._replace(name=f"attention-paper-N4096-K{k}", mode="paper", published=True)
+        yield from variants(paper, [], ["fp32 fwd", "bf16 fwd"])
     yield from variants(Case("attention-first-frame-N4096", "flush", 4096), [], ["fp32 fwd", "bf16 fwd"])
-    yield from variants(Case("attention-scene-cut-N4096", "attention", 4096), ["fp32 fwd"], ["bf16 fwd"])
+    yield from variants(Case("attention-scene-cut-N4096", "attention", 4096), [], ["fp32 fwd", "bf16 fwd"])
+    yield from variants(Case("video-windows", "windows", tokens=FILM_TOKENS, film=True), [], ["fp32 fwd", "bf16 fwd"])
     yield from variants(Case("block-N4096-K768", "block"), *both)
-    yield from variants(Case("block-N4096-K256", "block", 256), *both)
+    yield from variants(Case("block-N4096-K256", "block", 256), [], ["fp32 fwd", "bf16 fwd"])
     yield from variants(Case("gate-N4096-K768", "gate"), *both)
     yield from variants(Case("gate-N4096-K256", "gate", 256), [], ["fp32 fwd"])
     yield from variants(Case("gate-functional-N4096-K768", "gate", in_place=False), [], ["fp32 fwd"])
@@ -82,7 +87,7 @@ CASES: tuple[Case, ...] = tuple(_cases())
 
 
 def prepare(case: Case, request: Request) -> Trial:
-    trials = {"attention": _attention, "flush": _attention, "block": _block, "gate": _gate}
+    trials = {"attention": _attention, "flush": _attention, "windows": _windows, "block": _block, "gate": _gate}
     trial = trials.get(case.operation, _linear if case.in_place else _compact)
     return trial(case, request)
 
@@ -197,9 +202,10 @@ def _attention(case: Case, request: Request) -> Trial:
     ]
     contenders = [judged(ours, outputs) for ours in contenders_of_ours(request, run, _serve("delta_attention", problem))]
     contenders += [judged(peer, partial(by_definition, "exact")) for peer in exact]
-    if stateful:
+    if case.published:
         published = Stream(len(frames.grids), partial(_published_start, frames), partial(_published_step, frames))
-        contenders.append(judged(Contender("published update", published, note=PUBLISHED), partial(by_definition, "paper")))
+        slow = () if request.slow_peers else ["it takes seconds: use --preset full"]
+        contenders.append(judged(Contender("published update", published, slow, note=PUBLISHED), partial(by_definition, "paper")))
     return Trial(
         contenders=contenders,
         expected=lambda: tuple(right[case.mode]()),
@@ -207,7 +213,7 @@ def _attention(case: Case, request: Request) -> Trial:
         cost=Cost(sum(flops) // len(flops), sum(reference.attention_bytes(each, state) for each in problems) // len(problems)),
         backends=_objections(problem),
         remark=f"{counts} of {case.tokens} tokens change; the state holds {_in_grids(reference.state_bytes(state), frames.last[0])}",
-        dense=Dense("SDPA", reference.attention_flops(problem._replace(rows=None, cells=None), False)),
+        dense=Dense(("SDPA", "tokenops, dense"), reference.attention_flops(problem._replace(rows=None, cells=None), False)),
     )
 
 
@@ -273,6 +279,53 @@ def _published_step(frames: Frames, state: Published, at: int) -> tuple[Results,
     return (state.out,), state
 
 
+def _windows(case: Case, request: Request) -> Trial:
+    """Attention within windows, of which those without a changed token are not computed."""
+    frames = _attention_frames(case, request)
+    side = math.isqrt(case.tokens)
+    options: dict[str, Any] = {"grid": (side, side), "window": (WINDOW, WINDOW)}
+
+    def run(backend: str | None) -> Stream:
+        def step(state: WindowState, at: int) -> tuple[Results, WindowState]:
+            return (tokenops.delta_window_attention_(*frames.grids[at], frames.index[at], state, **options, backend=backend),), state
+
+        start = partial(tokenops.delta_window_attention, *frames.last, **options, backend=backend)
+        return Stream(len(frames.grids), lambda: start()[1], step)
+
+    def windowed(x: Tensor) -> Tensor:  # [1, H, N, D] -> [windows, H, WINDOW^2, D]
+        cut = x[0].unflatten(1, (side // WINDOW, WINDOW, side // WINDOW, WINDOW))
+        return cut.permute(1, 3, 0, 2, 4, 5).flatten(3, 4).flatten(0, 1)
+
+    def sdpa(*grids: Tensor) -> Results:
+        out = F.scaled_dot_product_attention(*(windowed(x) for x in grids))
+        on_grid = out.unflatten(2, (WINDOW, WINDOW)).unflatten(0, (side // WINDOW, side // WINDOW))
+        return (on_grid.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)[None],)
+
+    dirty = [len({(at // side // WINDOW, at % side // WINDOW) for at in index[0].tolist() if at >= 0}) for index in frames.index]
+    count = (side // WINDOW) ** 2
+    flops = 4 * frames.last[0].numel() * WINDOW**2
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in frames.last]
+    bounds = torch.arange(count + 1, dtype=torch.int32, device=request.device) * WINDOW**2
+    problem, *_ = sparse_attention.as_packed_problem(*rows, bounds, bounds)
+    contenders = [
+        *contenders_of_ours(request, run, lambda backend: choose("sparse_attention", sparse_attention.BACKENDS, backend, problem)),
+        Contender("SDPA", stateless(frames, sdpa), note="on all windows, cut out and put back"),
+        Contender(
+            "tokenops, dense", stateless(frames, lambda *grids: tokenops.delta_window_attention(*grids, **options)[:1]), note=STRONGEST
+        ),
+    ]
+    share = sum(dirty) / (count * len(dirty))
+    return Trial(
+        contenders=[judged(contender, outputs) for contender in contenders],
+        expected=lambda: tuple(out for grids in frames.grids[:CHECKED] for out in sdpa(*(x.double() for x in grids))),
+        names=_frame_names(),
+        cost=Cost(round(share * flops), round(share * 4 * frames.last[0].nbytes)),
+        backends={backend.name: backend.objections(problem) for backend in sparse_attention.BACKENDS},
+        remark=f"{', '.join(map(str, dirty))} of {count} windows hold one of {', '.join(map(str, frames.counts))} changed tokens",
+        dense=Dense(("SDPA", "tokenops, dense"), flops),
+    )
+
+
 # a whole block
 
 
@@ -324,7 +377,7 @@ def _block(case: Case, request: Request) -> Trial:
         cost=Cost(block.flops(problem, case.channels, k), block.bytes(problem, weights, state, before, k)),
         backends=_objections(problem, _gate_problem(before, before), _linear_problem(before, index, weights.qkv[0])),
         remark=lambda: f"{words}; relative difference from a dense block: {', '.join(f'{error:.2g}' for error in errors)}",
-        dense=Dense("dense block", block.flops(problem._replace(rows=None, cells=None), case.channels, case.tokens)),
+        dense=Dense(("dense block",), block.flops(problem._replace(rows=None, cells=None), case.channels, case.tokens)),
     )
 
 
@@ -446,7 +499,7 @@ def _linear(case: Case, request: Request) -> Trial:
         names=_frame_names(),
         cost=Cost(flops, reference.linear_bytes(problem)),
         backends=_objections(problem),
-        dense=Dense("dense", flops // case.k * case.tokens),
+        dense=Dense(("dense",), flops // case.k * case.tokens),
     )
 
 

@@ -80,9 +80,9 @@ class Cost(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """The peer that saves no operations, and how many it takes: what a saving of ours is a saving of."""
+    """Peers that save no operations, and how many they take: what a saving of ours is a saving of."""
 
-    peer: str
+    peers: tuple[str, ...]
     flops: int
 
 

@@ -58,8 +58,9 @@ def _contender(outcome: Outcome, trial: Trial) -> Record:
         record["memory"] = outcome.memory
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
-        if trial.dense is not None and trial.dense.peer in outcome.faster_than:
-            record["merit"] = outcome.faster_than[trial.dense.peer].median * trial.cost.flops / trial.dense.flops
+        if trial.dense is not None:
+            share, timed = trial.cost.flops / trial.dense.flops, [peer for peer in trial.dense.peers if peer in outcome.faster_than]
+            record["merit"] = {peer: outcome.faster_than[peer].median * share for peer in timed}
     return record
 
 

@@ -88,7 +88,7 @@ def case_remarks(case: Record) -> list[Text]:
     """What a block must say in words: who did not finish and why, and how to run it again."""
     remarks = [Text(f"  {case['remark']}")] if case["remark"] else []
     for contender in case["contenders"]:
-        if "merit" in contender:
+        if contender.get("merit"):
             remarks.append(Text(f"  {contender['name']}: {_merit(contender, case)}"))
         if contender["status"] in ("wrong", "failed"):
             reasons = "; ".join(contender["reasons"])
@@ -104,9 +104,9 @@ def case_remarks(case: Record) -> list[Text]:
 
 
 def _merit(contender: Record, case: Record) -> str:
-    dense = case["dense"]
-    fewer, faster = dense["flops"] / case["flops"], contender["faster_than"][dense["peer"]]["median"]
-    return f"{fewer:.2f}x fewer operations than {dense['peer']}, {faster:.2f}x faster: {contender['merit']:.2f} of the saving"
+    """How many times fewer operations, and how much of that the clock shows."""
+    shares = [f"{share:.2f} of that in time against {peer}" for peer, share in contender["merit"].items()]
+    return f"{case['dense']['flops'] / case['flops']:.2f}x fewer operations; {', '.join(shares)}"
 
 
 def print_case(console: Console, case: Record) -> None:

@@ -41,9 +41,9 @@ def _problem(
 
 def _results(problem: GateProblem, slots: int) -> DeltaGate:
     x = problem.x
-    lists = torch.full((2, slots), 7, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32)
+    chosen = torch.full((2, slots), 7, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32)
     sent = [torch.full((2, slots, x.shape[2]), 7, dtype=x.dtype) for _ in range(2)]
-    return DeltaGate(*lists, *sent, torch.full(x.shape, 7, dtype=x.dtype), torch.full(x.shape, 7, dtype=x.dtype))
+    return DeltaGate(*chosen, *sent, torch.full(x.shape, 7, dtype=x.dtype), torch.full(x.shape, 7, dtype=x.dtype))
 
 
 def _wide(problem: Any) -> Any:
@@ -171,6 +171,27 @@ def gates_of_nothing() -> None:
         for whole in (False, True):
             _is_the_definition(_problem(rows=rows, width=width, whole=whole), slots)
         _is_the_definition(_problem(rows=rows, width=width, first=True), rows)
+
+
+@CHECKS.add
+def whatever_ids_name_no_row_makes_an_empty_slot() -> None:
+    """Outside of the grids the interpreter dies."""
+    index = torch.tensor([[3, -1, 50, 2**31 - 1, -(2**31), 49]], dtype=torch.int32)
+    _is_the_definition(_problem(index=index, norm=True), 6)
+
+
+@CHECKS.add
+def objections_say_why() -> None:
+    x = tensor(1, 3, 4)
+    problem = _problem(rows=3, width=4)
+    for call in (x, problem, GateBackwardProblem(x, None, None, 0.0, torch.zeros(1, 2).int(), False, False, x, x, x, None)):
+        assert launchers.objections(call) == []
+    for call, reason in (
+        (problem._replace(x=problem.x.double()), "computes with float32, bfloat16 and float16, got torch.float64"),
+        (problem._replace(x=problem.x.to("meta")), "x is on meta"),
+        (x.to("meta"), "the tensor is on meta"),
+    ):
+        assert any(reason in found for found in launchers.objections(call)), launchers.objections(call)
 
 
 # buffers: rows are compared bit for bit

@@ -92,7 +92,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "layer norm": {"norm": True},
     "two layers": {"widths": (24, 40, 16), "activation": "gelu", "norm": True},
     # several blocks of everything; single numbers; widths that no wide load fits
-    "blocks": {"widths": (72, 136), "slots": 150, "rows": 200, "norm": True, "shared": True},
+    "blocks": {"widths": (72, 72), "slots": 70, "rows": 90, "norm": True, "shared": True},
     "ones": {"widths": (1, 1), "slots": 1, "rows": 1},
     "odd": {"widths": (33, 7, 19), "activation": "silu", "norm": True},
 }

@@ -36,7 +36,7 @@ EXACT = {
     ("forward", 4): {
         64: _rows(Tiles(32, 16, 4, 2), gathered=Tiles(32, 16, 4, 2)),
         128: _rows(Tiles(16, 16, 8, 2), gathered=Tiles(16, 16, 4, 2)),
-        256: _rows(Tiles(16, 16, 4, 2), gathered=Tiles(16, 16, 8, 2)),
+        256: _rows(Tiles(16, 16, 8, 2), gathered=Tiles(16, 16, 8, 2)),
     },
 }
 
@@ -246,10 +246,10 @@ def _tiles(problem: DeltaAttentionProblem, probability: Tensor | None) -> Tiles:
         max(query.element_size(), 0 if probability is None else probability.element_size()),
         query.shape[2],
         problem.key.shape[2],
-        biased=problem.cells is not None,
+        biased=True,
         gathered=sum(x.element_size() for x in gathered),
         limit=None if interpreting() else shared_memory(query.get_device()),
-        table=EXACT if probability is None and problem.cells is not None else TABLE,
+        table=EXACT if probability is None else TABLE,
     )
 
 

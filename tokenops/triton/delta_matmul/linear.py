@@ -117,6 +117,9 @@ def _layer(
 
     lists, (outputs, width) = slots_of(p.index, p.x), weight.shape
     cut = _cut("layer", p, (width, outputs), slots=lists["total"], outputs=outputs)
+    if other is not None:
+        # it stands beside the result in registers
+        cut = cut._replace(outputs=min(cut.outputs, 64))
     launch(
         kernels.layer,
         _programs(cut, slots=lists["total"], outputs=outputs),
