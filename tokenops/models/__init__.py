@@ -1,0 +1,19 @@
+"""The video transformers on these operators."""
+
+from tokenops.models.eventful import BackboneConfig, EventfulBackbone, EventfulState
+from tokenops.models.vitdet import VITDET_B_672, VITDET_B_1024, ViTDetBackbone, ViTDetConfig
+from tokenops.models.vivit import VIVIT_B_EPIC100, VIVIT_B_K400, ViViT, ViViTConfig
+
+__all__ = [
+    "VITDET_B_672",
+    "VITDET_B_1024",
+    "VIVIT_B_EPIC100",
+    "VIVIT_B_K400",
+    "BackboneConfig",
+    "EventfulBackbone",
+    "EventfulState",
+    "ViTDetBackbone",
+    "ViTDetConfig",
+    "ViViT",
+    "ViViTConfig",
+]

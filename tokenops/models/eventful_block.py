@@ -154,12 +154,16 @@ class EventfulBlock(Block):
     def _qkv(self, gate: DeltaGate, buffer: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.window is None or self._padded() == self.grid:
             return _updated(buffer, gate, (self.attn.qkv,), norm, self.norm1.eps)
-        rows = gathered_linear(gate.reference, self.attn.qkv.weight, self.attn.qkv.bias, index=gate, norm=norm, norm_eps=self.norm1.eps)
+        layer = self.attn.qkv
+        rows = gathered_linear(gate.reference, layer.weight, layer.bias, index=gate, norm=norm, norm_eps=self.norm1.eps)
         if buffer is None:
             return self._filled(rows)
+        if torch.is_grad_enabled():
+            # what fills the windows is the layer's bias of today
+            return self._filled(update_tokens(self._cropped(buffer), rows, index=gate))
         width, wide = self.grid[1], self._padded()[1]
         index = torch.where(gate.index < 0, -1, gate.index // width * wide + gate.index % width)
-        return (update_tokens if torch.is_grad_enabled() else update_tokens_)(buffer, rows, index=index)
+        return update_tokens_(buffer, rows, index=index)
 
     def _attend(
         self, qkv: Tensor, gate: DeltaGate | None, state: DeltaState | None, tables: tuple[Tensor, Tensor] | None
@@ -198,6 +202,9 @@ class EventfulBlock(Block):
         grid[:, : self.grid[0], : self.grid[1]] = qkv.unflatten(1, self.grid)
         return grid.flatten(1, 2)
 
+    def _cropped(self, x: Tensor) -> Tensor:  # [B, N', C] -> [B, N, C]
+        return x.unflatten(1, self._padded())[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+
     def _attend_in_windows(self, qkv: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         """Each window is a sequence, of rows that stay where they are in the grid."""
         assert self.window is not None
@@ -217,8 +224,7 @@ class EventfulBlock(Block):
         assert isinstance(out, Tensor)
         if torch.is_grad_enabled():
             out = torch.empty_like(out).index_copy(0, order.long(), out)
-        on_grid = out.view(batch, height, width, -1)
-        return on_grid[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+        return self._cropped(out.view(batch, height * width, -1))
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """[h, h / ph, D], [w, w / pw, D]: for each place of a query and of a key along an axis the learned row of their distance."""

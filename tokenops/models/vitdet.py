@@ -1,6 +1,6 @@
 """ViTDet's backbone on video: an eventful vision transformer with windows, and the feature pyramid that a detector stands on.
 
-Y. Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022; on video as in "Eventful Transformers", section 5.
+Y. Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022. On video: "Eventful Transformers", section 5.
 Letters: B batch, C channels, S side of the square that frames are filled up to.
 """
 
@@ -125,7 +125,7 @@ class Pyramid(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, patch: tuple[int, int], width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, tuple(patch), tuple(patch))
+        self.proj = nn.Conv2d(3, width, patch, patch)
 
 
 class ViTDetBackbone(nn.Module):
