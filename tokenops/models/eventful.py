@@ -7,7 +7,7 @@ Letters: B batch, N tokens, K chosen tokens, C channels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -70,12 +70,16 @@ class BackboneConfig(NamedTuple):
 class EventfulState(NamedTuple):
     """What a backbone keeps of the last frame."""
 
-    encoding: Tensor  # [1, N, C] the position encoding for this grid
+    encoding: Tensor | None  # [1, N, C] the position encoding for this grid, if there is one
     blocks: tuple[BlockState | None, ...]  # None: a dense block
 
     def detach(self) -> EventfulState:
         """Without the gradient of earlier frames."""
         return _detached(self)
+
+    def batch(self, otherwise: int = 1) -> int:
+        """B, or what was given if every block is dense."""
+        return next((len(block.qkv) for block in self.blocks if block is not None), otherwise)
 
     def indices(self) -> dict[str, Tensor]:
         """The choices in the last frame by gate, [B, K] int32 with -1 in empty slots: what ``indices`` of the next call may be. Empty after
@@ -182,7 +186,8 @@ class EventfulBackbone(nn.Module):
         if state is not None and len(state.blocks) != len(self.blocks):
             raise ValueError(f"state must be of {len(self.blocks)} blocks, got {len(state.blocks)}")
         forced = self._forced(indices, state)
-        encoding = self.encoding() if state is None or torch.is_grad_enabled() else state.encoding
+        kept = None if state is None or torch.is_grad_enabled() else state.encoding
+        encoding = self.encoding() if kept is None else kept
         x = x + encoding
         states = []
         for at, block in enumerate(self.blocks):
@@ -227,17 +232,25 @@ class EventfulBackbone(nn.Module):
         return MultiplyAdds(done, sum(counted.values()))
 
     def _count(self, chosen: EventfulState | int | None, batch: int) -> tuple[Counter[str], int]:
-        if isinstance(chosen, EventfulState):
-            batch = next((len(block.qkv_reference) for block in chosen.blocks if block is not None), batch)
-        counted, total = Counter({"add": batch * self._tokens() * self.pos_embed.shape[2]}), 0
-        for at, block in enumerate(self.blocks):
-            lengths = [(chosen,) * 4] * batch if isinstance(chosen, int) else None
-            state = chosen.blocks[at] if isinstance(chosen, EventfulState) else None
-            if state is not None and state.chosen is not None:
-                each = [(index >= 0).sum(-1).tolist() for index in state.chosen]
-                cells = [len(block.cells(ids[ids >= 0])) for ids in state.chosen[0]]
-                lengths = list(zip(*each, cells, strict=True))
-            part, done = block.count(lengths, batch)
-            counted.update(part)
-            total += done
-        return counted, total
+        counted, done = count_blocks(self.blocks, self._tokens(), chosen, batch)
+        counted["add"] += (chosen.batch(batch) if isinstance(chosen, EventfulState) else batch) * self._tokens() * self.pos_embed.shape[2]
+        return counted, done
+
+
+def count_blocks(blocks: Iterable[EventfulBlock], tokens: int, chosen: EventfulState | int | None, batch: int) -> tuple[Counter[str], int]:
+    """The published counters and all multiply-adds of these blocks in a frame; ``chosen`` as in ``EventfulBackbone.flops``."""
+    counted: Counter[str] = Counter()
+    total = 0
+    if isinstance(chosen, EventfulState):
+        batch = chosen.batch(batch)
+    for at, block in enumerate(blocks):
+        lengths = [(chosen,) * 4] * batch if isinstance(chosen, int) else None
+        state = chosen.blocks[at] if isinstance(chosen, EventfulState) else None
+        if state is not None and state.chosen is not None:
+            each = [(index >= 0).sum(-1).tolist() for index in state.chosen]
+            cells = [len(block.cells(ids[ids >= 0])) for ids in state.chosen[0]]
+            lengths = list(zip(*each, cells, strict=True))
+        part, done = block.count(tokens, lengths, batch)
+        counted.update(part)
+        total += done
+    return counted, total

@@ -106,7 +106,6 @@ class EventfulBlock(Block):
             raise ValueError(f"window_size goes with Block or EventfulTokenwiseBlock and no pool_size, got {kind}, pool_size={self.pool}")
         if self.pool and (grid[0] % self.pool[0] or grid[1] % self.pool[1]):
             raise ValueError(f"pool_size must divide the grid {grid}, got {self.pool}")
-        self.tokens = int(class_token) + torch.Size(grid).numel()
         if table is not None:
             height, width = self.window or table
             for name, size in (("rel_pos_h", height), ("rel_pos_w", width)):
@@ -248,11 +247,11 @@ class EventfulBlock(Block):
         (_, width), (pool_h, pool_w) = self.grid, self.pool
         return torch.unique(ids // width // pool_h * (width // pool_w) + ids % width // pool_w)
 
-    def count(self, chosen: list[tuple[int, int, int, int]] | None, batch: int) -> tuple[Counter[str], int]:
+    def count(self, tokens: int, chosen: list[tuple[int, int, int, int]] | None, batch: int) -> tuple[Counter[str], int]:
         """The published counters of a frame, and all multiply-adds; see ``EventfulBackbone.flops``. ``chosen``: for each sample the lengths
         of the gates' lists, and how many key cells the first touches.
         """
-        width, hidden, heads, tokens = self.config.dim, self.mlp.fc1.out_features, self.config.heads, self.tokens
+        width, hidden, heads = self.config.dim, self.mlp.fc1.out_features, self.config.heads
         gated = chosen is not None and self.kind != "Block"
         made = chosen if gated and chosen is not None else [(tokens,) * 4] * batch
         qkv, projection, mlp, _ = (sum(lengths) for lengths in zip(*made, strict=True))

@@ -196,8 +196,7 @@ class ViTDetBackbone(nn.Module):
 
     def flops(self, chosen: EventfulState | int | None = None, batch: int = 1) -> MultiplyAdds:
         """Of a frame; ``chosen`` as in ``EventfulBackbone.flops``. The published count is of the transformer alone."""
-        if isinstance(chosen, EventfulState):
-            batch = len(chosen.blocks[0].qkv) if chosen.blocks and chosen.blocks[0] is not None else batch
         transformer = self.backbone.flops(chosen, batch)
+        batch = chosen.batch(batch) if isinstance(chosen, EventfulState) else batch
         embedding = torch.Size(self.grid).numel() * self.patch_embed.proj.weight.numel()
         return transformer._replace(total=transformer.total + batch * (embedding + self.pyramid.multiply_adds(*self.grid)))
