@@ -220,8 +220,8 @@ class EventfulBackbone(nn.Module):
         """What one frame costs.
 
         Args:
-            chosen: None: a first frame. A number: every gate lets so many tokens through (with pooled keys, into as many cells). A state:
-                what was chosen in the frame that returned it, which is read from the device.
+            chosen: None: a first frame. A number: every gate lets so many tokens through, which lie in as many cells of pooled keys,
+                and in all windows. A state: what was chosen in the frame that returned it, which is read from the device.
             batch: B, where chosen is no state.
 
         Returns:
@@ -244,12 +244,12 @@ def count_blocks(blocks: Iterable[EventfulBlock], tokens: int, chosen: EventfulS
     if isinstance(chosen, EventfulState):
         batch = chosen.batch(batch)
     for at, block in enumerate(blocks):
-        lengths = [(chosen,) * 4] * batch if isinstance(chosen, int) else None
+        lengths: Any = [(chosen, chosen, chosen, None)] * batch if isinstance(chosen, int) else None
         state = chosen.blocks[at] if isinstance(chosen, EventfulState) else None
         if state is not None and state.chosen is not None:
             each = [(index >= 0).sum(-1).tolist() for index in state.chosen]
-            cells = [len(block.cells(ids[ids >= 0])) for ids in state.chosen[0]]
-            lengths = list(zip(*each, cells, strict=True))
+            touched = [block.touched(ids[ids >= 0]) for ids in state.chosen[0]]
+            lengths = list(zip(*each, touched, strict=True))
         part, done = block.count(tokens, lengths, batch)
         counted.update(part)
         total += done

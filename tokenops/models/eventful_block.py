@@ -19,13 +19,14 @@ from tokenops.ops.delta_matmul import (
     delta_attention_,
     delta_gate,
     delta_gate_,
+    delta_window_attention,
+    delta_window_attention_,
     gathered_linear,
     gathered_mlp,
     update_tokens,
     update_tokens_,
 )
-from tokenops.ops.sparse_attention import sparse_attention_varlen
-from tokenops.types import DeltaGate, DeltaState
+from tokenops.types import DeltaGate, DeltaState, WindowState
 
 # how much a block takes over from the frame before: nothing; what its linear layers made; also the logits; also the product with the values
 BLOCK_CLASSES = ("Block", "EventfulTokenwiseBlock", "EventfulMatmul1Block", "EventfulBlock")
@@ -59,7 +60,7 @@ class BlockState(NamedTuple):
 
     qkv_reference: Tensor  # [B, N, C]
     qkv: Tensor  # [B, N, 3 C], in windowed blocks with the tokens that fill the last windows
-    attention: DeltaState | None  # None: attention is computed afresh
+    attention: DeltaState | WindowState | None  # None: attention is computed afresh
     projection_reference: Tensor  # [B, N, C]
     projection: Tensor  # [B, N, C]
     mlp_reference: Tensor  # [B, N, C]
@@ -106,6 +107,8 @@ class EventfulBlock(Block):
             raise ValueError(f"window_size goes with Block or EventfulTokenwiseBlock and no pool_size, got {kind}, pool_size={self.pool}")
         if self.pool and (grid[0] % self.pool[0] or grid[1] % self.pool[1]):
             raise ValueError(f"pool_size must divide the grid {grid}, got {self.pool}")
+        # up to whole windows, below and on the right
+        self.padded = tuple(-(-side // w) * w for side, w in zip(grid, self.window, strict=True)) if self.window else grid
         if table is not None:
             height, width = self.window or table
             for name, size in (("rel_pos_h", height), ("rel_pos_w", width)):
@@ -133,7 +136,7 @@ class EventfulBlock(Block):
 
         g1 = self._gate(x, old.qkv_reference, qkv_list, **early)
         qkv = self._qkv(g1, old.qkv, late)
-        attended, attention = self._attend(qkv, None if state is None else g1, old.attention, tables)
+        attended, attention = self._attend(qkv, None if state is None else g1.index, old.attention, tables)
         g2 = self._gate(attended, old.projection_reference, projection_list)
         projection = _updated(old.projection, g2, (self.attn.proj,))
         # under autocast layers give a half type, and the sum is x's
@@ -151,7 +154,7 @@ class EventfulBlock(Block):
         return delta_gate_(x, reference, **options)
 
     def _qkv(self, gate: DeltaGate, buffer: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.window is None or self._padded() == self.grid:
+        if self.padded == self.grid:
             return _updated(buffer, gate, (self.attn.qkv,), norm, self.norm1.eps)
         layer = self.attn.qkv
         rows = gathered_linear(gate.reference, layer.weight, layer.bias, index=gate, norm=norm, norm_eps=self.norm1.eps)
@@ -160,70 +163,61 @@ class EventfulBlock(Block):
         if torch.is_grad_enabled():
             # what fills the windows is the layer's bias of today
             return self._filled(update_tokens(self._cropped(buffer), rows, index=gate))
-        width, wide = self.grid[1], self._padded()[1]
-        index = torch.where(gate.index < 0, -1, gate.index // width * wide + gate.index % width)
-        return update_tokens_(buffer, rows, index=index)
+        return update_tokens_(buffer, rows, index=self._places(gate.index))
 
     def _attend(
-        self, qkv: Tensor, gate: DeltaGate | None, state: DeltaState | None, tables: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, DeltaState | None]:  # [B, N, C]
-        if self.window is not None:
-            return self._attend_in_windows(qkv, tables), None
+        self, qkv: Tensor, index: Any, state: Any, tables: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, DeltaState | WindowState | None]:
+        """[B, N, C], and the state for the next frame: whichever the operator of this block makes."""
         query, key, value = self.attn.heads(qkv)
-        rel_pos = None
-        if tables is not None:
-            on_grid = query.unflatten(2, self.grid)
-            rel_h, rel_w = (torch.einsum(f"bhijd,{at}kd->bhijk", on_grid, table) for at, table in zip("ij", tables, strict=True))
-            rel_pos = (rel_h.flatten(2, 3), rel_w.flatten(2, 3))
+        rel_pos = None if tables is None else self._rel_pos(query, tables)
+        options: dict[str, Any] = {"rel_pos": rel_pos}
+        in_place = state is not None and not torch.is_grad_enabled()
+        if self.window is not None:
+            options |= {"grid": self.padded, "window": self.window}
+            index = None if index is None else self._places(index)
+            if in_place:
+                out = delta_window_attention_(query, key, value, index, state, **options)
+            else:
+                out, state = delta_window_attention(query, key, value, index, state, **options)
+            return self._cropped(merge_heads(out)), state
         if self.kind in BLOCK_CLASSES[:2]:
             key, value = (x if self.pool is None else _pooled(x, self.grid, self.pool) for x in (key, value))
-            return attend(query, key, value, rel_pos=rel_pos), None
-        options: dict[str, Any] = {"rel_pos": rel_pos, "pool": self.pool, "grid": self.grid if self.pool else None}
-        if state is not None and not torch.is_grad_enabled():
-            assert gate is not None
-            return merge_heads(delta_attention_(query, key, value, gate, state, **options)), state
-        # EventfulMatmul1Block leaves the product with the values dense: attention on the buffers, which mode "exact" is
-        mode = self.mode if self.kind == "EventfulBlock" else "exact"
-        cast = getattr(torch, self.config.matmul_2_cast) if self.config.matmul_2_cast and mode == "paper" else None
-        out, state = delta_attention(query, key, value, gate, state, mode=mode, cast=cast, **options)
+            return attend(query, key, value, **options), None
+        options |= {"pool": self.pool, "grid": self.grid if self.pool else None}
+        if in_place:
+            out = delta_attention_(query, key, value, index, state, **options)
+        else:
+            # EventfulMatmul1Block leaves the product with the values dense: attention on the buffers, which mode "exact" is
+            mode = self.mode if self.kind == "EventfulBlock" else "exact"
+            cast = getattr(torch, self.config.matmul_2_cast) if self.config.matmul_2_cast and mode == "paper" else None
+            out, state = delta_attention(query, key, value, index, state, mode=mode, cast=cast, **options)
         return merge_heads(out), state
 
-    def _padded(self) -> Pair:
-        """The grid filled up to whole windows, below and on the right."""
-        assert self.window is not None
-        return (-(-self.grid[0] // self.window[0]) * self.window[0], -(-self.grid[1] // self.window[1]) * self.window[1])
+    def _rel_pos(self, query: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[B, H, N, h / ph], [B, H, N, w / pw]: of unscaled queries, the grid being one window if there are no others."""
+        h, w = self.window or self.grid
+        on_grid = query.transpose(1, 2).unflatten(1, (self.padded[0] // h, h, self.padded[1] // w, w))
+        rel_h, rel_w = (torch.einsum(f"baicjhd,{at}kd->baicjhk", on_grid, table) for at, table in zip("ij", tables, strict=True))
+        return rel_h.flatten(1, 4).transpose(1, 2), rel_w.flatten(1, 4).transpose(1, 2)
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """Of these tokens in the padded grid."""
+        width, wide = self.grid[1], self.padded[1]
+        return torch.where(ids < 0, -1, ids // width * wide + ids % width)
 
     def _filled(self, qkv: Tensor) -> Tensor:
         """[B, N', 3 C]: on the padded grid, whose new tokens are what the layer makes of zeros: its bias."""
-        if self.window is None or self._padded() == self.grid:
+        if self.padded == self.grid:
             return qkv
-        grid = self.attn.qkv.bias.to(qkv.dtype).expand(qkv.shape[0], *self._padded(), -1).clone()
+        grid = self.attn.qkv.bias.to(qkv.dtype).expand(qkv.shape[0], *self.padded, -1).clone()
         grid[:, : self.grid[0], : self.grid[1]] = qkv.unflatten(1, self.grid)
         return grid.flatten(1, 2)
 
     def _cropped(self, x: Tensor) -> Tensor:  # [B, N', C] -> [B, N, C]
-        return x.unflatten(1, self._padded())[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
-
-    def _attend_in_windows(self, qkv: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Each window is a sequence, of rows that stay where they are in the grid."""
-        assert self.window is not None
-        (height, width), (h, w), batch = self._padded(), self.window, qkv.shape[0]
-        down, across = height // h, width // w
-        rows = torch.arange(batch * height * width, dtype=torch.int32, device=qkv.device)
-        order = rows.view(batch, down, h, across, w).transpose(2, 3).flatten()
-        query, key, value = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).flatten(0, 1).unbind(1)  # [B N', H, D], views
-        rel_pos = None
-        if tables is not None:
-            on_grid = query.unflatten(0, (batch * down, h, across, w))
-            rel_h, rel_w = (torch.einsum(f"aicjhd,{at}kd->aicjhk", on_grid, table) for at, table in zip("ij", tables, strict=True))
-            rel_pos = (rel_h.flatten(0, 3), rel_w.flatten(0, 3))
-        ends = torch.arange(0, len(rows) + 1, h * w, dtype=torch.int32, device=qkv.device)
-        out = None if torch.is_grad_enabled() else query.new_empty(query.shape)
-        out = sparse_attention_varlen(query, key, value, ends, ends, h * w, h * w, q_index=order, kv_index=order, rel_pos=rel_pos, out=out)
-        assert isinstance(out, Tensor)
-        if torch.is_grad_enabled():
-            out = torch.empty_like(out).index_copy(0, order.long(), out)
-        return self._cropped(out.view(batch, height * width, -1))
+        if self.padded == self.grid:
+            return x
+        return x.unflatten(1, self.padded)[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """[h, h / ph, D], [w, w / pw, D]: for each place of a query and of a key along an axis the learned row of their distance."""
@@ -240,21 +234,25 @@ class EventfulBlock(Block):
             made.append(table.unflatten(1, (-1, cell)).mean(2))
         return made[0], made[1]
 
-    def cells(self, ids: Tensor) -> Tensor:
-        """The key cells of these tokens, each once."""
-        if self.pool is None:
-            return ids
-        (_, width), (pool_h, pool_w) = self.grid, self.pool
-        return torch.unique(ids // width // pool_h * (width // pool_w) + ids % width // pool_w)
+    def touched(self, ids: Tensor) -> int:
+        """How many key cells these tokens change; in windows, how many tokens have another result."""
+        if self.window is not None:
+            (_, width), (h, w) = self.grid, self.window
+            return h * w * len(torch.unique(ids // width // h * (self.padded[1] // w) + ids % width // w))
+        if self.pool is not None:
+            (_, width), (h, w) = self.grid, self.pool
+            return len(torch.unique(ids // width // h * (width // w) + ids % width // w))
+        return len(ids)
 
-    def count(self, tokens: int, chosen: list[tuple[int, int, int, int]] | None, batch: int) -> tuple[Counter[str], int]:
-        """The published counters of a frame, and all multiply-adds; see ``EventfulBackbone.flops``. ``chosen``: for each sample the lengths
-        of the gates' lists, and how many key cells the first touches.
+    def count(self, tokens: int, chosen: list[tuple[int, int, int, int | None]] | None, batch: int) -> tuple[Counter[str], int]:
+        """The published counters of a frame, and all multiply-adds; see ``EventfulBackbone.flops``.
+
+        ``chosen``: for each sample how many tokens the gates chose, and what the first of them ``touched``; None: as much as can be.
         """
         width, hidden, heads = self.config.dim, self.mlp.fc1.out_features, self.config.heads
         gated = chosen is not None and self.kind != "Block"
-        made = chosen if gated and chosen is not None else [(tokens,) * 4] * batch
-        qkv, projection, mlp, _ = (sum(lengths) for lengths in zip(*made, strict=True))
+        made = chosen if gated and chosen is not None else [(tokens, tokens, tokens, None)] * batch
+        qkv, projection, mlp = sum(m[0] for m in made), sum(m[1] for m in made), sum(m[2] for m in made)
         c: Counter[str] = Counter()
         c["linear"] = width * width * (3 * qkv + projection) + 2 * width * hidden * mlp
         c["bias"] = width * (3 * qkv + projection) + (hidden + width) * mlp
@@ -263,9 +261,9 @@ class EventfulBlock(Block):
             c["gate"] = 3 * batch * tokens * width
         queries, keys, sides = tokens, tokens, self.grid
         if self.window is not None:
-            padded, sides = self._padded(), self.window
-            queries, keys = padded[0] * padded[1], self.window[0] * self.window[1]
-            c["bias"] += 3 * width * (padded != self.grid)
+            sides = self.window
+            queries, keys = self.padded[0] * self.padded[1], sides[0] * sides[1]
+            c["bias"] += 3 * width * (self.padded != self.grid)
         elif self.pool is not None:
             sides = (self.grid[0] // self.pool[0], self.grid[1] // self.pool[1])
             keys = sides[0] * sides[1]
@@ -274,9 +272,12 @@ class EventfulBlock(Block):
             c["add"] += 2 * batch * heads * queries * keys
         product = queries * keys * width
         done = c["linear"] + c["einsum"]
-        for rows, _, _, cells in made:
+        for rows, _, _, touched in made:
             logits, average, ours = product, product, 2 * product
-            if gated and self.kind in BLOCK_CLASSES[2:]:
+            if gated and self.window is not None and touched is not None:
+                ours = 2 * touched * keys * width
+            elif gated and self.kind in BLOCK_CLASSES[2:]:
+                cells = min(rows, keys) if touched is None else touched
                 logits = (rows * keys + cells * tokens) * width
                 if self.kind == "EventfulBlock":
                     average = 2 * tokens * cells * width
