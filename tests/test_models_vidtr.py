@@ -74,7 +74,9 @@ def test_pooled_attention_is_the_definition(granularity: str, resoftmax: bool, k
     state = oracle.random_state("single", 5, 4, 1)
     at = "encoder.layers.0.self_attn."
     x = noise(2, 5 * 4, 24).requires_grad_()
-    module = attention(renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")]), pool=TopKStd(2, granularity, resoftmax, keep_class))
+    module = attention(
+        renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")]), pool=TopKStd(2, granularity, resoftmax, keep_class)
+    )
     got, kept = module(x, 5)
     want, chosen = oracle.separable(state, at, x.transpose(0, 1), 5, HEADS, oracle.Pool(2, keep_class, resoftmax, granularity))
     assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
@@ -178,14 +180,14 @@ def test_a_batch_is_its_clips() -> None:
         assert all(torch.equal(a[0], b[i]) for a, b in zip(its, kept, strict=True))
 
 
-def test_nearly_flat_rows_are_ranked_as_in_float64() -> None:
-    """Where attention is nearly uniform, rows differ behind the last digit of a float32 sum of squares."""
-    state = oracle.random_state("single", 6, 9, 1, spread=0.02)
-    at = "encoder.layers.0.self_attn."
-    x = noise(2, 6 * 9, 24)
-    _, chosen = oracle.separable(state, at, x.transpose(0, 1), 6, HEADS, oracle.Pool(2))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_nearly_still_clip_keeps_the_right_frames(dtype: torch.dtype) -> None:
+    """Its attention is nearly uniform: rows differ behind the last digit of a float32 sum of squares."""
+    state, at = oracle.random_state("single", 8, 16, 1), "encoder.layers.0.self_attn."
+    x = (noise(2, 1, 16, 24) + 0.003 * noise(2, 8, 16, 24, seed=6)).flatten(1, 2)
+    _, chosen = oracle.separable(state, at, x.transpose(0, 1), 8, HEADS, oracle.Pool(2))
     module = attention(renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")]), pool=TopKStd(2))
-    _, kept = module(x, 6)
+    _, kept = module.to(dtype)(x.to(dtype), 8)
     assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
 
 
@@ -205,13 +207,13 @@ def test_half_types_choose_and_compute_alike(dtype: torch.dtype) -> None:
 
 def test_training_drops_and_learns() -> None:
     torch.manual_seed(0)
-    config = VidTrConfig(4, 16, 1, 24, 2, HEADS, 48, 5, pool_layers=(0,), pools=(TopKStd(1),))
+    config = VidTrConfig(4, 16, 1, 24, 2, HEADS, 48, 5, pool_layers=(0,), pools=(TopKStd(1),), head_dropout=0.1)
     model = CompactVidTr(config).train()
     clip, label = noise(8, 3, 4, 32, 32).float(), torch.arange(8) % 5
     assert not torch.equal(model(clip), model(clip))
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         loss = torch.nn.functional.cross_entropy(model(clip), label)
         optimiser.zero_grad()
         loss.backward()
@@ -282,7 +284,9 @@ def test_multiply_adds(name: str, options: dict[str, Any], total: float, publish
         assert counter.get_total_flops() == 2 * count.total
 
 
-@pytest.mark.parametrize(("name", "entries", "millions"), [("S", 153, 87.47), ("M", 153, 88.69), ("L", 153, 91.12), ("C-S", 152, 87.16), ("C-M", 152, 88.36)])
+@pytest.mark.parametrize(
+    ("name", "entries", "millions"), [("S", 153, 87.47), ("M", 153, 88.69), ("L", 153, 91.12), ("C-S", 152, 87.16), ("C-M", 152, 88.36)]
+)
 def test_presets_have_the_published_sizes(name: str, entries: int, millions: float) -> None:
     kind = CompactVidTr if name.startswith("C-") else VidTr
     with torch.device("meta"):
@@ -308,7 +312,7 @@ def test_a_state_that_does_not_fit_says_all_of_it_at_once() -> None:
         VidTr.from_official(state, num_heads=HEADS)
     for fault in ("missing blocks.1.mlp.fc1.bias", "missing cls_temporal", "head.bias must be [7], got [8]", "unexpected extra"):
         assert fault in str(error.value)
-    with pytest.raises(ValueError, match="missing patch_embed.weight"):
+    with pytest.raises(ValueError, match=r"missing patch_embed\.weight"):
         VidTr.from_official({})
 
 
@@ -339,7 +343,7 @@ def test_wrong_configs_and_clips_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of the 5 frames"):
         VidTr(VidTrConfig(5, 24, 1, 24, 3, HEADS, 48, 7))
     model = compact(oracle.random_state("single", 6, 4, 4))
-    with pytest.raises(ValueError, match="clip must be .* of 24 patches"):
+    with pytest.raises(ValueError, match=r"clip must be .* of 24 patches"):
         model(noise(1, 3, 6, 32, 48))
     with pytest.raises(ValueError, match="frames must be given"):
         model.flops()
@@ -347,7 +351,7 @@ def test_wrong_configs_and_clips_are_refused() -> None:
     # the position table allows this clip, but it has too few frames to drop four
     with pytest.raises(ValueError, match=r"pool.drop must be in \[0, 2\)"):
         model(noise(1, 3, 4, 32, 48))
-    with pytest.raises(ValueError, match="clip must be .*3, 3, H"):
+    with pytest.raises(ValueError, match=r"clip must be .*3, 3, H"):
         VidTr.from_official(oracle.random_state("full", 3, 4, 2), num_heads=HEADS)(noise(1, 3, 4, 16, 48))
 
 

@@ -106,7 +106,7 @@ def logits(state: State, x: Tensor) -> Tensor:
 def full(state: State, clip: Tensor, heads: int, pools: dict[int, Pool] | None = None) -> tuple[Tensor, list[Tensor]]:
     """Class tokens for each frame and location."""
     x = patches(state, clip)
-    frames, locations, batch, _ = x.shape
+    frames, _, batch, _ = x.shape
     x = torch.cat([state["cls_s"][:, :, None].expand(-1, -1, batch, -1), x], 1)
     x = torch.cat([state["cls_t"].transpose(0, 1)[None].expand(-1, -1, batch, -1), x], 0).flatten(0, 1)
     position, rows, chosen = state["pos_embedding"].transpose(0, 1), frames + 1, []
@@ -154,7 +154,16 @@ def single(
 
 
 def random_state(
-    form: str, frames: int, locations: int, layers: int, *, dim: int = 24, hidden: int = 48, classes: int = 7, spread: float = 0.2, seed: int = 0
+    form: str,
+    frames: int,
+    locations: int,
+    layers: int,
+    *,
+    dim: int = 24,
+    hidden: int = 48,
+    classes: int = 7,
+    spread: float = 0.2,
+    seed: int = 0,
 ) -> State:
     """Weights of a tiny model under the names of the release, float64. ``form`` is "full" or "single"."""
     generator = torch.Generator().manual_seed(seed)
