@@ -224,16 +224,17 @@ def test_training_drops_and_learns() -> None:
 
 
 def test_a_pooling_layer_drops_none_of_its_temporal_map() -> None:
-    state = oracle.random_state("single", 5, 4, 1)
-    at = "encoder.layers.0.self_attn."
+    """One column: the spatial map is 1 or, where it is dropped, 0 and 2, so that a kept token shows the temporal result."""
+    state, at = oracle.random_state("single", 5, 1, 1), "encoder.layers.0.self_attn."
     own = renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")])
-    x = noise(1, 5 * 4, 24)
+    own["out_proj.weight"], own["out_proj.bias"] = torch.eye(24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
+    x = noise(64, 5, 24)
     for pool, drops in ((None, True), (TopKStd(2), False)):
-        module = attention(own, pool=pool, dropout=0.5).train()
-        query, key, value = (part.unflatten(1, (5, 4)) for part in module.project(x, x))
-        first, second = (module.over_time(query, key, value)[0] for _ in range(2))
-        assert torch.equal(first, second) != drops
-        assert not torch.equal(module(x, 5)[0], module(x, 5)[0])
+        module = attention(own, pool=pool, dropout=0.5)
+        want, got = (module.train(training)(x, 5)[0].unflatten(-1, (HEADS, -1)) for training in (False, True))
+        spatial_kept = (got != 0).any(-1)
+        assert 0.3 < spatial_kept.double().mean() < 0.6
+        assert torch.allclose(got[spatial_kept], 2 * want[spatial_kept]) != drops
 
 
 @pytest.mark.parametrize("model", ["full", "compact"])
@@ -355,13 +356,13 @@ def test_wrong_configs_and_clips_are_refused() -> None:
         VidTr.from_official(oracle.random_state("full", 3, 4, 2), num_heads=HEADS)(noise(1, 3, 4, 16, 48))
 
 
-def test_gathered_rows_are_each_head_s_own() -> None:
-    x = torch.arange(2 * 3 * 2 * 4).view(2, 3, 2, 4).double()
-    kept = torch.tensor([[[0, 2], [1, 2], [0, 1], [0, 2]]] * 2, dtype=torch.int32)
+def test_gathered_rows_are_each_place_s_own() -> None:
+    x = torch.arange(2 * 3 * 4 * 2).view(2, 3, 4, 2).double()
+    kept = torch.tensor([[[0, 2], [1, 2], [0, 1], [0, 2]], [[1, 2]] * 4], dtype=torch.int32)
     got = gather_rows(x, kept)
-    for n in range(2):
-        for h in range(2):
-            assert torch.equal(got[:, :, n, 2 * h : 2 * h + 2], x[:, kept[0, 2 * n + h].long(), n, 2 * h : 2 * h + 2])
+    for b in range(2):
+        for place in range(4):
+            assert torch.equal(got[b, :, place], x[b, kept[b, place].long(), place])
 
 
 def test_frames_of_clips() -> None:

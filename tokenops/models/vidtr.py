@@ -123,81 +123,82 @@ class SeparableAttention(JointAttention):
         Returns:
             [B, K N, C], and which rows were kept: [B, N H, K] int32, ascending in each list; None if there is no pool.
         """
-        query, key, value = (part.unflatten(1, (rows, -1)) for part in self.project(x, x))  # [B, R, N, C]
-        out, kept = self.over_time(query, key, value)
-        out = out.flatten(0, 1)  # [B K, N, C]
-        if self.spatial is not None:
-            out = self.spatial(self.proj(out))
-        else:
-            if kept is not None:
-                query, key = gather_rows(query, kept), gather_rows(key, kept)
-            grids = [self.split(part) for part in (query.flatten(0, 1), key.flatten(0, 1), out)]
-            out = self.proj(attend(*grids, dropout_p=self.dropout if self.training else 0.0))
-        return out.reshape(x.shape[0], -1, x.shape[2]), kept
-
-    def over_time(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, R, N, C] -> [B, K, N, C] and the kept rows."""
-        columns = query.shape[2]
-        # each location and head is a problem of its own: as heads [B, N H, R, D] they are a view, and the result merges back for free
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).flatten(2, 3).transpose(1, 2) for part in (query, key, value))
+        batch, _, channels = x.shape
+        dropout_p = self.dropout if self.training else 0.0
+        query, key, value = (part.view(batch, rows, -1, channels // self.num_heads) for part in self.project(x, x))  # [B, R, N H, D]
+        kept = None
         if self.pool is None:
-            out = sparse_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-            kept = None
+            out = over_rows(query, key, value, dropout_p=dropout_p)
         else:
+            # as released, no dropout here
             probability, row_sq, unit = attention_matrix(query, key)
-            kept = self.rank(probability, row_sq, columns)
+            kept = self.rank(probability, row_sq)
             if self.pool.resoftmax:
                 # softmax(p) v is attention again: the row p is its own list of logits if the keys are unit vectors
-                out = sparse_attention(probability, unit, value, q_index=kept, scale=1.0)
+                out = over_rows(gather_rows(probability, kept), unit, value, scale=1.0)
             else:
-                out = sparse_attention(query, key, value, q_index=kept)
-        assert isinstance(out, Tensor)
-        return out.transpose(1, 2).unflatten(2, (columns, -1)).flatten(3), kept
+                out = over_rows(gather_rows(query, kept), key, value)
+            if self.spatial is None:
+                query, key = gather_rows(query, kept), gather_rows(key, kept)
+        # each row a sample: [B K, N, C]
+        query, key, out = (part.reshape(batch * part.shape[1], -1, channels) for part in (query, key, out))
+        if self.spatial is None:
+            out = self.proj(attend(*map(self.split, (query, key, out)), dropout_p=dropout_p))
+        else:
+            out = self.spatial(self.proj(out))
+        return out.view(batch, -1, channels), kept
 
-    def rank(self, probability: Tensor, row_sq: Tensor, columns: int) -> Tensor:
-        """The kept rows, [B, N H, K], of attention rows [B, N H, R, >= R]."""
+    def rank(self, probability: Tensor, row_sq: Tensor) -> Tensor:
+        """The kept rows, [B, N H, K], of attention rows [B, R, N H, >= R]."""
         assert self.pool is not None
         drop, granularity, _, keep_class = self.pool
-        rows = row_sq.shape[2]
+        places, rows = row_sq.shape[1:]
         if not 0 <= drop < rows - keep_class:
             raise ValueError(f"pool.drop must be in [0, {rows - keep_class}), the frames that come in, got {drop}")
         # A row sums to 1, so its mean is 1 / R, and its squared deviations sum to row_sq - 1 / R. But row_sq is float32, and rows that are
-        # nearly flat differ behind its last digit: their order would not be the release's. Half types are the other way round:
-        # their rounded probabilities say less than row_sq.
+        # nearly flat, as in a still clip, differ behind its last digit: their order would not be the release's. Half types are the other
+        # way round: their rounded probabilities say less than row_sq.
         if probability.dtype in (torch.float32, torch.float64):
-            squares = (probability.detach()[..., :rows] - 1.0 / rows).square().sum(-1)
+            squares = (probability.detach()[..., :rows] - 1.0 / rows).square().sum(-1).transpose(1, 2)
         else:
             squares = (row_sq - 1.0 / rows).clamp(min=0.0)
         deviation = squares.sqrt()  # [B, N H, R], times the root of R - 1
         if granularity != "head_location":
-            shared = {"location": self.num_heads, "clip": columns * self.num_heads}[granularity]
+            shared = {"location": self.num_heads, "clip": places}[granularity]
             deviation = deviation.unflatten(1, (-1, shared)).mean(2)
         kept = select_tokens(deviation, k=rows - drop, protect=int(keep_class)).index
-        return kept.repeat_interleave(row_sq.shape[1] // kept.shape[1], dim=1)
+        return kept.repeat_interleave(places // kept.shape[1], dim=1)
+
+
+def over_rows(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attention of each place on its own, thousands of tiny problems: [B, K, N H, D], [B, R, N H, D] twice -> [B, K, N H, D]."""
+    out = sparse_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options)
+    assert isinstance(out, Tensor)
+    # the operator keeps the query's memory layout, so that this is the dense one
+    return out.transpose(1, 2)
 
 
 def attention_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) of [B, H, R, D] as the attention of unit vectors: kernels for tiny problems serve it, and its gradient.
+    """softmax(q k^T / sqrt(D)) of [B, R, N H, D] as the attention of unit vectors: the kernel of tiny problems serves it, and its gradient.
 
     Returns:
-        [B, H, R, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, H, R]; the unit
-        vectors [1, 1, R, R'].
+        [B, R, N H, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, N H, R]; the unit
+        vectors [1, R, 1, R'].
     """
-    rows = query.shape[2]
-    unit = torch.eye(rows, -(-rows // 8) * 8, dtype=query.dtype, device=query.device)[None, None]
-    probability, aux = sparse_attention(query, key, unit, return_aux=("row_sq",))
+    rows = query.shape[1]
+    unit = torch.eye(rows, -(-rows // 8) * 8, dtype=query.dtype, device=query.device)
+    out, aux = sparse_attention(query.transpose(1, 2), key.transpose(1, 2), unit[None, None], return_aux=("row_sq",))
     assert isinstance(aux, Aux)
     assert isinstance(aux.row_sq, Tensor)
-    return probability, aux.row_sq, unit
+    return out.transpose(1, 2), aux.row_sq, unit[None, :, None]
 
 
 def gather_rows(x: Tensor, kept: Tensor) -> Tensor:
-    """Of [B, R, N, C] the kept rows [B, N H, K], each head's channels by the head's own list: [B, K, N, C]."""
-    batch, rows, columns, width = x.shape
-    places = kept.shape[1]
+    """Of [B, R, N H, D] the rows [B, N H, K], each place by its own list: [B, K, N H, D]."""
+    batch, rows, places, width = x.shape
     first = torch.arange(batch, device=x.device, dtype=kept.dtype)[:, None, None] * rows
     ids = (first + kept.transpose(1, 2)) * places + torch.arange(places, device=x.device, dtype=kept.dtype)  # [B, K, N H]
-    return x.reshape(batch * rows * places, -1).index_select(0, ids.flatten()).view(batch, -1, columns, width)
+    return x.reshape(-1, width).index_select(0, ids.flatten()).view(batch, -1, places, width)
 
 
 class VidTrBlock(nn.Module):
@@ -226,7 +227,8 @@ class VidTrBlock(nn.Module):
                 y = torch.cat([h[:, :1], y], dim=1)
             if kept is not None:
                 # the residual stream is pooled alike
-                grid = gather_rows(x[:, alone:].unflatten(1, (rows, -1)), kept).flatten(1, 2)
+                grid = x[:, alone:].reshape(len(x), rows, kept.shape[1], -1)
+                grid = gather_rows(grid, kept).view(len(x), -1, x.shape[2])
                 x = torch.cat([x[:, :1], grid], dim=1) if alone else grid
         else:
             # as released, the values of joint attention lack the position
