@@ -6,7 +6,7 @@ import fnmatch
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,7 @@ from .harness import Case, Request, case_id
 from .record import Record
 from .roof import measure_roof
 
-ROOMS = ("sparse_attention", "token_select", "token_merge")
+ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
 
 # seconds of timing for each case, all contenders together
 BUDGET = {"quick": 1.0, "full": 6.0}
@@ -106,7 +106,7 @@ def bench(
 
     Every contender of a case gets the same inputs in the same process; its result is checked against the float64 reference, and a wrong one
     gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention,
-    token_select, token_merge. Without one, all are run. Exit status 1: a result of ours was wrong.
+    token_select, token_merge, delta_matmul. Without one, all are run. Exit status 1: a result of ours was wrong.
 
     \b
     tokenops bench                                       the quick preset
@@ -117,7 +117,8 @@ def bench(
     allocator.restart(sys.argv[1:], isa)
     if threads is not None:
         harness.use_threads(threads)
-    request = Request(device, backends, cache(lambda clips: video.read_tokens(video_path or video.EXCERPT, clips)), preset == "full")
+    film = video_path or video.EXCERPT
+    request = Request(device, backends, cache(partial(video.read_tokens, film)), preset == "full", cache(partial(video.read_frames, film)))
     modules = {room: _room(room) for room in rooms or ROOMS}
     _check_backends(backends, modules)
     chosen = [(room, case) for room, module in modules.items() for case in select_cases(module.CASES, preset, dtypes, patterns)]
@@ -298,23 +299,33 @@ def compare_command(before: Path, after: Path) -> None:
 
 @cli.command("picture")
 @click.argument("path", type=Output(CHARTS), metavar="FILE")
+@click.option("--room", type=click.Choice(["token_merge", "delta_matmul"]), default="token_merge", show_default=True)
 @click.option("--video", "video_path", type=click.Path(), help="A frame of this film.  [default: an excerpt of Big Buck Bunny]")
 @click.option("--frame", type=click.IntRange(min=0), help="Which one, from 0.  [default: the middle one]")
-@click.option("--backend", metavar="NAME", help="Merge by this backend (see 'tokenops info').")
-def picture_command(path: Path, video_path: str | None, frame: int | None, backend: str | None) -> None:
-    """Draw what merging does: a frame of a video, and the clusters its tokens form, round after round (PNG, PDF or SVG)."""
+@click.option("--backend", metavar="NAME", help="Merge or compare by this backend (see 'tokenops info').")
+def picture_command(path: Path, room: str, video_path: str | None, frame: int | None, backend: str | None) -> None:
+    """Draw what a room does to a video (PNG, PDF or SVG).
+
+    token_merge: a frame, and the clusters its tokens form, round after round. delta_matmul: frames in a row, with the tokens that changed
+    enough to be computed again.
+    """
     if backend is not None:
-        _check_backends([backend], {"token_merge": _room("token_merge")})
+        _check_backends([backend], {room: _room(room)})
     source = Path(video_path or video.EXCERPT)
     try:
         frames = video.read_frames(source)
         at = len(frames) // 2 if frame is None else frame
         if at >= len(frames):
             raise click.UsageError(f"--frame must be less than {len(frames)}, the number of frames, got {at}")
-        rounds = picture.merge_frame(frames[at], backend)
-        picture.draw(
-            frames[at], rounds, path, f"{source.name}, frame {at}: tokens merged with their likes, each cluster in its mean colour"
-        )
+        if room == "token_merge":
+            panels = picture.merged_panels(frames[at], picture.merge_frame(frames[at], backend))
+            title = f"{source.name}, frame {at}: tokens merged with their likes, each cluster in its mean colour"
+        else:
+            # the gate needs a frame before, and there must be as many as are shown
+            first = min(max(at, 1), len(frames) - picture.SHOWN)
+            panels = picture.sent_panels(frames, first, picture.sent_tokens(frames, first, backend))
+            title = f"{source.name}: tokens that changed enough since they were last sent; the others are dimmed, and not computed"
+        picture.draw(panels, path, title)
     except (video.VideoError, chart.ChartError, NotImplementedError) as error:
         raise click.ClickException(str(error)) from error
     console().print(f"picture   {path}")

@@ -59,11 +59,17 @@ class Request(NamedTuple):
     backends: tuple[str, ...] = ()  # empty: what the package itself chooses
     video: Callable[[int], VideoTokens] | None = None  # called with the number of clips
     slow_peers: bool = False  # also those that need tens of seconds to get ready
+    film: Callable[[], Tensor] | None = None  # frames of the video, [F, SIDE, SIDE, 3] uint8
 
     def clips(self, count: int) -> VideoTokens:
         if self.video is None:
             raise ValueError("this case needs a video, got none")
         return self.video(count)
+
+    def frames(self) -> Tensor:
+        if self.film is None:
+            raise ValueError("this case needs a video, got none")
+        return self.film()
 
 
 class Cost(NamedTuple):
@@ -71,6 +77,13 @@ class Cost(NamedTuple):
 
     flops: int
     bytes: int
+
+
+class Dense(NamedTuple):
+    """Peers that save no operations, and how many they take: what a saving of ours is a saving of."""
+
+    peers: tuple[str, ...]
+    flops: int
 
 
 class Contender(NamedTuple):
@@ -91,8 +104,9 @@ class Trial(NamedTuple):
     names: Sequence[str]  # of the results: "out", "grad query", ...
     cost: Cost
     backends: Mapping[str, Sequence[str]]  # of the package: name -> objections to this case
-    remark: str = ""  # what the input is like, where that decides the result
+    remark: str | Callable[[], str] = ""  # what the input is like, where that decides the result; called after the timing
     memory: bool = False  # report the memory of a call too
+    dense: Dense | None = None  # report how much of the operations saved the clock shows
 
 
 class Spread(NamedTuple):

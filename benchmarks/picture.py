@@ -1,4 +1,6 @@
-"""What merging does, to look at: a frame of a video, and its tokens after each round in the mean colours of their clusters."""
+"""What the rooms do, to look at: the tokens of a frame after each round of merging in the mean colours of their clusters; and the tokens
+of frames in a row that changed enough to be sent on.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from tokenops.types import MergePlan
 
 from . import video
 from .chart import ChartError
+from .delta_matmul import NOTICED
 
 PATCH = 8  # pixels: 28 x 28 tokens, small enough for clusters to have shapes
 ROUNDS = 3  # of merging; each leaves half of the tokens
@@ -21,6 +24,17 @@ GRID = video.SIDE // PATCH
 # how much the place of a token counts beside its pixels, and how little their direction does beside their difference
 PLACE = 0.3
 CONSTANT = 3.0
+
+SHOWN = 4  # frames in a row
+DIMMED = 0.3  # how bright tokens are that were not sent on
+
+
+class Panel(NamedTuple):
+    """A picture with lines between groups of patches."""
+
+    image: Tensor  # [height, width, 3], float32 in 0 .. 1
+    member: Tensor | None  # [GRID, GRID], the group of each patch
+    title: str
 
 
 class Clusters(NamedTuple):
@@ -60,7 +74,32 @@ def _features(patches: Tensor) -> Tensor:  # [1, N, C] -> [1, N, C + 8]
     return torch.cat([pixels, place, constant], -1)
 
 
-def draw(frame: Tensor, rounds: list[Clusters], path: Path, title: str) -> None:
+def merged_panels(frame: Tensor, rounds: list[Clusters]) -> list[Panel]:
+    first = Panel(frame / 255, None, f"{GRID * GRID} tokens of {PATCH} x {PATCH} pixels")
+    return [first, *(Panel(clusters.colour, clusters.member, f"{clusters.count} after merging") for clusters in rounds)]
+
+
+def sent_tokens(frames: Tensor, first: int, backend: str | None = None) -> list[Tensor]:  # each [GRID, GRID] bool
+    """Which tokens of the SHOWN frames from ``first`` changed enough since they were last sent; all were in the frame before."""
+    patches = video.patchify(frames[None, first - 1 : first + SHOWN], PATCH)[0]
+    kept, sent = patches[:1], []
+    for frame in patches[1:]:
+        gate = tokenops.delta_gate(frame[None], kept, threshold=NOTICED * patches.shape[2] ** 0.5, backend=backend)
+        kept = gate.reference
+        sent.append(tokenops.mask_from_index(gate.index, GRID * GRID).view(GRID, GRID))
+    return sent
+
+
+def sent_panels(frames: Tensor, first: int, sent: list[Tensor]) -> list[Panel]:
+    """Frames in which the tokens that were not sent are dimmed."""
+    panels = []
+    for at, mask in enumerate(sent, first):
+        bright = torch.where(mask, 1.0, DIMMED).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+        panels.append(Panel(frames[at] / 255 * bright[..., None], mask, f"frame {at}: {int(mask.sum())} of {GRID * GRID} tokens"))
+    return panels
+
+
+def draw(panels: list[Panel], path: Path, title: str) -> None:
     try:
         import matplotlib
 
@@ -69,15 +108,13 @@ def draw(frame: Tensor, rounds: list[Clusters], path: Path, title: str) -> None:
         from matplotlib.collections import LineCollection
     except ImportError:
         raise ChartError("a picture needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
-    figure, axes = plt.subplots(1, 1 + len(rounds), figsize=(3.2 * (1 + len(rounds)), 3.7), layout="constrained")
-    axes[0].imshow(frame.numpy(), extent=(0, GRID, GRID, 0))
-    axes[0].set_title(f"{GRID * GRID} tokens of {PATCH} x {PATCH} pixels", fontsize=10)
-    for panel, clusters in zip(axes[1:], rounds, strict=True):
-        panel.imshow(clusters.colour.numpy(), extent=(0, GRID, GRID, 0))
-        panel.add_collection(LineCollection(borders(clusters.member), colors="white", linewidths=0.6))
-        panel.set_title(f"{clusters.count} after merging", fontsize=10)
-    for panel in axes:
-        panel.set_axis_off()
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.7), layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.imshow(panel.image.numpy(), extent=(0, GRID, GRID, 0))
+        if panel.member is not None:
+            axis.add_collection(LineCollection(borders(panel.member), colors="white", linewidths=0.6))
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
     try:
         figure.savefig(path, dpi=150)

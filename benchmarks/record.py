@@ -20,7 +20,7 @@ class RecordError(Exception):
 
 
 def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, repro: str) -> Record:
-    return {
+    case_of_run: Record = {
         "room": room,
         "id": case_id(case),
         "name": case.name,
@@ -29,10 +29,13 @@ def case_record(room: str, case: Case, trial: Trial, measurement: Measurement, r
         "flops": trial.cost.flops,
         "bytes": trial.cost.bytes,
         "page_faults": measurement.page_faults,
-        "remark": trial.remark,
+        "remark": trial.remark() if callable(trial.remark) else trial.remark,
         "repro": repro,
         "contenders": [_contender(outcome, trial) for outcome in measurement.outcomes],
     }
+    if trial.dense is not None:
+        case_of_run["dense"] = trial.dense._asdict()
+    return case_of_run
 
 
 def _contender(outcome: Outcome, trial: Trial) -> Record:
@@ -55,6 +58,9 @@ def _contender(outcome: Outcome, trial: Trial) -> Record:
         record["memory"] = outcome.memory
     if outcome.faster_than is not None:
         record["faster_than"] = {peer: _spread(ratio) for peer, ratio in outcome.faster_than.items()}
+        if trial.dense is not None:
+            share, timed = trial.cost.flops / trial.dense.flops, [peer for peer in trial.dense.peers if peer in outcome.faster_than]
+            record["merit"] = {peer: outcome.faster_than[peer].median * share for peer in timed}
     return record
 
 

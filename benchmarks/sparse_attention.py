@@ -34,6 +34,7 @@ class Case(NamedTuple):
     heads: int = 12
     width: int = 64  # D
     bias: bool = False  # log sizes of merged tokens, added to the logits of each key
+    rel_grid: tuple[int, int] | None = None  # rows and columns of the grid of keys: position terms of both, as ViTDet and SAM have
     dtype: str = "fp32"
     direction: str = "fwd"
     quick: bool = False
@@ -55,6 +56,11 @@ def _cases() -> Iterator[Case]:
     counts = tuple(range(100, 1501, 200))
     yield from variants(Case("ragged-B8-N1569-H6", 8, 1569, counts, "sample", heads=6), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
     yield from variants(Case("dense-B1-N1569", 1, 1569, None, "none"), ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    # a global and a windowed layer of ViTDet-B at 1024 x 1024: every query adds a term for the row and one for the column of each key
+    whole = Case("rel-pos-B1-N4096", 1, 4096, None, "none", rel_grid=(64, 64))
+    windows = Case("rel-pos-windows-B25-N196", 25, 196, None, "none", rel_grid=(14, 14))
+    yield from variants(windows, ["fp32 fwd", "bf16 fwd"], ["fp32 fwd+bwd", "bf16 fwd+bwd"])
+    yield from variants(whole, [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd", "bf16 fwd+bwd"])
     yield from variants(Case("one-head-B1-N1569-K784", 1, 1569, 784, heads=1), ["fp32 fwd"], ["bf16 fwd", "fp32 fwd+bwd"])
     yield from variants(Case("per-sample-B8-N1569-K392", 8, 1569, 392, "sample"), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
     yield from variants(Case("log-size-B8-N1569-K392", 8, 1569, 392, "sample", bias=True), [], ["fp32 fwd", "bf16 fwd"])
@@ -71,11 +77,17 @@ class Inputs(NamedTuple):
     value: Tensor
     token_index: Tensor | None  # [K] | [B, K] int32, -1 at the end of short lists
     bias: Tensor | None  # [B, N] float32
+    rel_pos: tuple[Tensor, Tensor] | None  # rel_h [B, H, N, gh], rel_w [B, H, N, gw]
     grad_out: Tensor  # [B, H, K, D], 0 in empty slots
 
     @property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What is differentiated."""
+        return *self.grids, *(self.rel_pos or ())
 
     @property
     def counts(self) -> list[int]:
@@ -110,6 +122,10 @@ def make_inputs(case: Case, request: Request) -> Inputs:
         grad_out.masked_fill_((index < 0).expand(case.batch, slots)[:, None, :, None], 0)
     bias = torch.randint(1, 5, (case.batch, case.tokens), generator=generator).float().log() if case.bias else None
     device, dtype = request.device, DTYPES[case.dtype]
+    rel_pos = None
+    if case.rel_grid is not None:
+        rel_h, rel_w = (torch.randn(*shape[:3], cells, generator=generator).to(device, dtype) for cells in case.rel_grid)
+        rel_pos = rel_h, rel_w
     query, key, value = (grid.to(device, dtype) for grid in grids)
     return Inputs(
         query,
@@ -117,6 +133,7 @@ def make_inputs(case: Case, request: Request) -> Inputs:
         value,
         None if index is None else index.to(device),
         None if bias is None else bias.to(device),
+        rel_pos,
         grad_out.to(device, dtype),
     )
 
@@ -150,28 +167,29 @@ def prepare(case: Case, request: Request) -> Trial:
     return Trial(
         contenders=list(_contenders(case, inputs, request)),
         expected=lambda: _expected(inputs, differentiate),
-        names=("out", "gradient of query", "gradient of key", "gradient of value") if differentiate else ("out",),
+        names=("out", *(f"gradient of {name}" for name in _needs(differentiate, inputs))),
         cost=Cost(flops, moved),
-        backends=_objections(problem, differentiate),
+        backends=_objections(problem, _needs(differentiate, inputs)),
     )
 
 
 def _problem(inputs: Inputs) -> AttentionProblem:
-    return as_problem(*inputs.grids, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias)[0]
+    index = inputs.token_index
+    return as_problem(*inputs.grids, q_index=index, kv_index=index, kv_bias=inputs.bias, rel_pos=inputs.rel_pos)[0]
 
 
-def _needs(differentiate: bool) -> tuple[str, ...]:
-    return ("query", "key", "value") if differentiate else ()
+def _needs(differentiate: bool, inputs: Inputs) -> tuple[str, ...]:
+    return ("query", "key", "value", "rel_h", "rel_w")[: len(inputs.leaves)] if differentiate else ()
 
 
-def _objections(problem: AttentionProblem, differentiate: bool) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(problem, needs=_needs(differentiate)) for backend in BACKENDS}
+def _objections(problem: AttentionProblem, needs: tuple[str, ...]) -> dict[str, list[str]]:
+    return {backend.name: backend.objections(problem, needs=needs) for backend in BACKENDS}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:
     """Why each backend would refuse a plain float32 training call on ``device``; an empty list: it would serve it."""
     problem, _ = as_problem(**reference.example_inputs(device=device, kept=0.5, kv_kept=0.5))
-    return _objections(problem, differentiate=True)
+    return _objections(problem, ("query", "key", "value"))
 
 
 def _expected(inputs: Inputs, differentiate: bool) -> Results:
@@ -186,12 +204,13 @@ def _expected(inputs: Inputs, differentiate: bool) -> Results:
                 value=inputs.value[b : b + 1].double(),
                 token_index=index,
                 bias=None if inputs.bias is None else inputs.bias[b : b + 1].double(),
+                rel_pos=None if inputs.rel_pos is None else (inputs.rel_pos[0][b : b + 1].double(), inputs.rel_pos[1][b : b + 1].double()),
             )
         )
         results = [reference.attention(problem).out]
         if differentiate:
             gradients = reference.gradients(problem, inputs.grad_out[b : b + 1].double())
-            results += [grad for grad in (gradients.query, gradients.key, gradients.value) if grad is not None]
+            results += [getattr(gradients, name) for name in _needs(differentiate, inputs)]
         samples.append(results)
     return tuple(torch.cat(result) for result in zip(*samples, strict=True))
 
@@ -199,6 +218,9 @@ def _expected(inputs: Inputs, differentiate: bool) -> Results:
 def _contenders(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
     differentiate = case.direction == "fwd+bwd"
     yield from _ours(case, inputs, request)
+    if inputs.rel_pos is not None:
+        yield from _position_peers(inputs, inputs.rel_pos, request, differentiate)
+        return
     if inputs.token_index is None:
         yield Contender("SDPA", bind(F.scaled_dot_product_attention, inputs.grids, inputs.grad_out, differentiate))
         if case.tokens <= 32:
@@ -216,19 +238,57 @@ def _ours(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
     differentiate = case.direction == "fwd+bwd"
 
     def run(backend: str | None) -> Callable[[], Results]:
-        attention = partial(
-            tokenops.sparse_attention, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias, backend=backend
-        )
-        return bind(attention, inputs.grids, inputs.grad_out, differentiate)
+        lists = partial(tokenops.sparse_attention, q_index=inputs.token_index, kv_index=inputs.token_index, kv_bias=inputs.bias)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, *rel: Tensor) -> Any:
+            return lists(query, key, value, rel_pos=(rel[0], rel[1]) if rel else None, backend=backend)
+
+        return bind(attention, inputs.leaves, inputs.grad_out, differentiate)
 
     def serve(backend: str | None) -> Backend:
-        return choose("sparse_attention", BACKENDS, backend, problem, needs=_needs(differentiate))
+        return choose("sparse_attention", BACKENDS, backend, problem, needs=_needs(differentiate, inputs))
 
     problem = _problem(inputs)
     ours = list(contenders_of_ours(request, run, serve))
     yield from ours
     if case.heads == 1 and case.batch == 1:
         yield ours[0]._replace(name="itself, 1 thread", ours=False, threads=1, note="how well a single head fills the cores")
+
+
+def _position_peers(inputs: Inputs, rel_pos: tuple[Tensor, Tensor], request: Request, differentiate: bool) -> Iterator[Contender]:
+    """The terms of rows and columns, added up to a bias for every query and key."""
+
+    def bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        return (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias(rel_h, rel_w))
+
+    yield Contender("SDPA + bias", bind(attention, inputs.leaves, inputs.grad_out, differentiate), note="the bias is made and added")
+    if not differentiate:
+        made = bias(*rel_pos)
+        given = partial(F.scaled_dot_product_attention, attn_mask=made)
+        yield Contender("SDPA, bias given", bind(given, inputs.grids, inputs.grad_out, False), note="the bias is made beforehand")
+    objections = []
+    if differentiate and torch.device(request.device).type == "cpu":
+        objections.append("FlexAttention has no backward pass on the CPU")
+    if not request.slow_peers:
+        objections.append("compiling takes tens of seconds: use --preset full")
+    if objections:
+        yield Contender("FlexAttention", lambda: (), objections=objections)
+        return
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    compiled, columns = torch.compile(flex_attention, dynamic=False), rel_pos[1].shape[3]
+
+    def flex(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        def add_position(score: Any, b: Any, h: Any, n: Any, m: Any) -> Any:
+            return score + rel_h[b, h, n, m // columns] + rel_w[b, h, n, m % columns]
+
+        return compiled(query, key, value, score_mod=add_position)
+
+    yield Contender("FlexAttention", bind(flex, inputs.leaves, inputs.grad_out, differentiate), note="compiled")
 
 
 def _matmul_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

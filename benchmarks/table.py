@@ -88,6 +88,8 @@ def case_remarks(case: Record) -> list[Text]:
     """What a block must say in words: who did not finish and why, and how to run it again."""
     remarks = [Text(f"  {case['remark']}")] if case["remark"] else []
     for contender in case["contenders"]:
+        if contender.get("merit"):
+            remarks.append(Text(f"  {contender['name']}: {_merit(contender, case)}"))
         if contender["status"] in ("wrong", "failed"):
             reasons = "; ".join(contender["reasons"])
             remarks.append(Text(f"  {contender['name']}: {contender['status']}, so no time and no ratio ({reasons})", style="bold red"))
@@ -99,6 +101,12 @@ def case_remarks(case: Record) -> list[Text]:
         remarks.append(Text(f"  {case['page_faults']} page faults per call: the times include fetching memory", style="yellow"))
     remarks.append(Text(f"  again: {case['repro']}", style="dim"))
     return remarks
+
+
+def _merit(contender: Record, case: Record) -> str:
+    """How many times fewer operations, and how much of that the clock shows."""
+    shares = [f"{share:.2f} of that in time against {peer}" for peer, share in contender["merit"].items()]
+    return f"{case['dense']['flops'] / case['flops']:.2f}x fewer operations; {', '.join(shares)}"
 
 
 def print_case(console: Console, case: Record) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tokenops
-from tokenops.types import DeltaGate, DeltaState
+from tokenops.types import DeltaGate, DeltaState, WindowState
 
 Weights = dict[str, Tensor]
 
@@ -33,7 +33,7 @@ class Options(NamedTuple):
 class BlockState(NamedTuple):
     qkv_reference: Tensor
     qkv: Tensor
-    attention: DeltaState | None  # None: in windows
+    attention: DeltaState | WindowState
     projection_reference: Tensor
     projection: Tensor
     mlp_reference: Tensor
@@ -90,16 +90,19 @@ def _affine(weights: Weights, name: str) -> tuple[Tensor, Tensor]:
 
 def _attend(
     qkv: Tensor, weights: Weights, state: BlockState | None, gate: DeltaGate, options: Options, backend: str | None
-) -> tuple[Tensor, DeltaState | None]:
+) -> tuple[Tensor, DeltaState | WindowState]:
+    index, old = (None, None) if state is None else (gate.index, state.attention)
     if options.window is not None:
-        return attend_in_windows(qkv, weights, options), None
-    query, key, value = qkv.unflatten(-1, (3, options.heads, -1)).permute(2, 0, 3, 1, 4)
-    out, attention = tokenops.delta_attention(
+        assert old is None or isinstance(old, WindowState)
+        return _attend_in_windows(qkv, weights, old, index, options, backend)
+    assert old is None or isinstance(old, DeltaState)
+    query, key, value = _split(qkv, options)
+    out, new = tokenops.delta_attention(
         query,
         key,
         value,
-        None if state is None else gate,
-        state and state.attention,
+        index,
+        old,
         mode=options.mode,
         rel_pos=position_bias(query, weights, options.grid, options.pool) if options.rel_pos else None,
         pool=options.pool,
@@ -107,37 +110,47 @@ def _attend(
         cast=options.cast,
         backend=backend,
     )
-    return out.transpose(1, 2).flatten(2), attention
+    return out.transpose(1, 2).flatten(2), new
 
 
-def position_bias(query: Tensor, weights: Weights, grid: tuple[int, int], pool: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """rel_h [B, H, N, gh], rel_w [B, H, N, gw]: products of the unscaled queries and the rows for their distances from each key."""
-
-    def table(name: str, size: int, cell: int) -> Tensor:  # [size, size / cell, D]
-        at = torch.arange(size, device=query.device)
-        rows = weights[f"relative_position.{name}"][at[:, None] - at[None] + size - 1]
-        return rows.unflatten(1, (-1, cell)).mean(2)
-
-    (height, width), (pool_h, pool_w) = grid, pool or (1, 1)
-    on_grid = query.unflatten(2, grid)
-    rel_h = torch.einsum("bhijd,ikd->bhijk", on_grid, table("y_embedding", height, pool_h))
-    rel_w = torch.einsum("bhijd,jkd->bhijk", on_grid, table("x_embedding", width, pool_w))
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+def _split(qkv: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """Three views [B, H, N, D]."""
+    return qkv.unflatten(-1, (3, options.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend_in_windows(qkv: Tensor, weights: Weights, options: Options) -> Tensor:
-    """Dense attention within windows of a grid that is filled up, below and on the right, with what the linear layer makes of zeros."""
+def _attend_in_windows(
+    qkv: Tensor, weights: Weights, state: WindowState | None, index: Tensor | None, options: Options, backend: str | None
+) -> tuple[Tensor, WindowState]:
+    """On a grid that is filled up, below and on the right, with what the linear layer makes of zeros; that part never changes."""
     assert options.window is not None
-    (height, width), (h, w) = options.grid, options.window
-    down, across = math.ceil(height / h), math.ceil(width / w)
-    padded = weights["qkv.bias"].expand(qkv.shape[0], down * h, across * w, -1).clone()
+    (height, width), window = options.grid, options.window
+    rows, columns = (math.ceil(size / side) * side for size, side in zip(options.grid, window, strict=True))
+    padded = weights["qkv.bias"].expand(qkv.shape[0], rows, columns, -1).clone()
     padded[:, :height, :width] = qkv.unflatten(1, options.grid)
-    windows = padded.unflatten(2, (across, w)).unflatten(1, (down, h)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-    query, key, value = windows.unflatten(-1, (3, options.heads, -1)).permute(2, 0, 3, 1, 4)
-    logits = query @ key.mT * query.shape[-1] ** -0.5
-    if options.rel_pos:
-        rel_h, rel_w = position_bias(query, weights, options.window)
-        logits = logits + (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)
-    out = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
-    on_grid = out.unflatten(1, (h, w)).unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return on_grid[:, :height, :width].flatten(1, 2)
+    query, key, value = _split(padded.flatten(1, 2), options)
+    if index is not None:
+        index = torch.where(index < 0, -1, index // width * columns + index % width)
+    rel_pos = position_bias(query, weights, (rows, columns), window=window) if options.rel_pos else None
+    out, state = tokenops.delta_window_attention(
+        query, key, value, index, state, grid=(rows, columns), window=window, rel_pos=rel_pos, backend=backend
+    )
+    return out.unflatten(2, (rows, columns))[:, :, :height, :width].flatten(2, 3).transpose(1, 2).flatten(2), state
+
+
+def position_bias(
+    query: Tensor, weights: Weights, grid: tuple[int, int], pool: tuple[int, int] | None = None, window: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """rel_h [B, H, N, gh], rel_w [B, H, N, gw]: products of the unscaled queries and the rows for their distances from the keys of the
+    grid, or of their window.
+    """
+
+    def table(name: str, size: int, side: int, cell: int) -> Tensor:  # [size, side / cell, D]
+        at = torch.arange(side, device=query.device)
+        rows = weights[f"relative_position.{name}"][at[:, None] - at[None] + side - 1].unflatten(1, (-1, cell)).mean(2)
+        return rows[torch.arange(size, device=query.device) % side]
+
+    sizes = zip(("y_embedding", "x_embedding"), grid, window or grid, pool or (1, 1), strict=True)
+    of_rows, of_columns = (table(*each) for each in sizes)
+    on_grid = query.unflatten(2, grid)
+    rel_h, rel_w = torch.einsum("bhijd,ikd->bhijk", on_grid, of_rows), torch.einsum("bhijd,jkd->bhijk", on_grid, of_columns)
+    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)

@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from eventful_block import Options, Weights, attend_in_windows, position_bias
+from eventful_block import Options, Weights, position_bias
 from torch import Tensor
 
 
@@ -99,3 +99,21 @@ class Oracle:
         assert self.options.pool is not None
         (_, width), (pool_h, pool_w) = self.options.grid, self.options.pool
         return (ids // width // pool_h * (width // pool_w) + ids % width // pool_w).unique()
+
+
+def attend_in_windows(qkv: Tensor, weights: Weights, options: Options) -> Tensor:
+    """Dense attention within windows of a grid that is filled up, below and on the right, with what the linear layer makes of zeros."""
+    assert options.window is not None
+    (height, width), (h, w) = options.grid, options.window
+    down, across = math.ceil(height / h), math.ceil(width / w)
+    padded = weights["qkv.bias"].expand(qkv.shape[0], down * h, across * w, -1).clone()
+    padded[:, :height, :width] = qkv.unflatten(1, options.grid)
+    windows = padded.unflatten(2, (across, w)).unflatten(1, (down, h)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    query, key, value = windows.unflatten(-1, (3, options.heads, -1)).permute(2, 0, 3, 1, 4)
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    if options.rel_pos:
+        rel_h, rel_w = position_bias(query, weights, options.window)
+        logits = logits + (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)
+    out = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    on_grid = out.unflatten(1, (h, w)).unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return on_grid[:, :height, :width].flatten(1, 2)

@@ -53,14 +53,14 @@ def by_tensor(call: Call) -> Call:
     return rest if call.get("rel_pos") is None else {**rest, "rel_h": call["rel_pos"][0], "rel_w": call["rel_pos"][1]}
 
 
-def arguments(call: Call) -> Call:
+def as_call(call: Call) -> Call:
     """The other way round: as the public functions take it."""
     rest = {name: x for name, x in call.items() if name not in ("rel_h", "rel_w")}
     return {**rest, "rel_pos": (call["rel_h"], call["rel_w"])} if "rel_h" in call else rest
 
 
 def problem_of(call: Call) -> AttentionProblem:
-    call = {name: value for name, value in arguments(call).items() if name not in HOW}
+    call = {name: value for name, value in as_call(call).items() if name not in HOW}
     return (as_packed_problem(**call) if is_packed(call) else as_problem(**call))[0]
 
 
@@ -91,7 +91,7 @@ def computed(call: Call, grad_out: Tensor | None, backend: str | None, wanted: t
     call = by_tensor(call)
     # detach keeps the memory layout, which is part of the case
     leaves = {name: call[name].detach().requires_grad_(grad_out is not None) for name in wanted if call.get(name) is not None}
-    out, aux = run(**arguments({**call, **leaves}), return_aux=("lse", "row_sq"), backend=backend)
+    out, aux = run(**as_call({**call, **leaves}), return_aux=("lse", "row_sq"), backend=backend)
     grads = {}
     if grad_out is not None:
         grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ from tokenops.benchmarks import (
     allocator,
     chart,
     compare,
+    delta_matmul,
+    frames,
     harness,
     picture,
     record,
@@ -48,6 +51,7 @@ TINY = (
     sparse_attention.Case("tiny-bias", 2, 40, 17, "sample", heads=2, width=16, bias=True),
     sparse_attention.Case("tiny-ragged", 3, 40, (5, 30, 17), "sample", heads=2, width=16),
     sparse_attention.Case("tiny-short", 5, 8, None, "none", heads=2, width=16),
+    sparse_attention.Case("tiny-positions", 2, 40, None, "none", heads=2, width=16, rel_grid=(5, 8)),
     sparse_attention.Case("tiny-one-head", 1, 40, 17, heads=1, width=16),
     sparse_attention.Case("tiny-video", 2, video.TOKENS, 60, "video", heads=1, width=8),
     sparse_attention.Case("tiny-video-ragged", 2, video.TOKENS, (), "video", heads=1, width=8),
@@ -72,9 +76,33 @@ MERGE = (
     token_merge.Case("small-unmerge", "unmerge", 41, 7, batch=2, channels=24, width=16),
     token_merge.Case("small-into-meta", "soft merge", 41, meta=5, batch=2, channels=24, width=16),
 )
-ROOMS = {"sparse_attention": (sparse_attention, TINY), "token_select": (token_select, SELECT), "token_merge": (token_merge, MERGE)}
+DELTA = (
+    delta_matmul.Case("scant-attention", "attention", 9, 40, 32, 2, published=True),
+    delta_matmul.Case("scant-attention-functional", "attention", 9, 40, 32, 2, in_place=False),
+    delta_matmul.Case("scant-attention-paper", "attention", 9, 40, 32, 2, mode="paper", published=True),
+    delta_matmul.Case("scant-attention-film", "attention", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
+    delta_matmul.Case("scant-first-frame", "flush", 40, 40, 32, 2),
+    delta_matmul.Case("scant-scene-cut", "attention", 40, 40, 32, 2),
+    delta_matmul.Case("scant-windows", "windows", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
+    delta_matmul.Case("scant-block", "block", 9, 40, 32, 2),
+    delta_matmul.Case("scant-block-film", "block", tokens=video.TOKENS_PER_FRAME, channels=32, heads=2, film=True),
+    delta_matmul.Case("scant-gate", "gate", 9, 40, 32),
+    delta_matmul.Case("scant-gate-functional", "gate", 9, 40, 32, in_place=False),
+    delta_matmul.Case("scant-linear", "linear", 9, 40, 32, outputs=24),
+    delta_matmul.Case("scant-mlp", "mlp", 9, 40, 32, outputs=64),
+    delta_matmul.Case("scant-compact", "linear", 9, 40, 32, outputs=24, in_place=False),
+)
+ROOMS = {
+    "sparse_attention": (sparse_attention, TINY),
+    "token_select": (token_select, SELECT),
+    "token_merge": (token_merge, MERGE),
+    "delta_matmul": (delta_matmul, DELTA),
+}
 CASES = [(module, case) for module, cases in ROOMS.values() for case in cases]
-BOTH_WAYS = [(m, case) for m, case in CASES if getattr(case, "operation", "") not in ("top-k", "threshold", "match + merge")]
+FORWARD = ("top-k", "threshold", "match + merge")
+BOTH_WAYS = [
+    (m, case) for m, case in CASES if getattr(case, "operation", "") not in FORWARD and (m is not delta_matmul or case in DELTA[-1:])
+]
 
 
 def names(pair: tuple[object, harness.Case]) -> str:
@@ -83,8 +111,14 @@ def names(pair: tuple[object, harness.Case]) -> str:
 
 @pytest.fixture(scope="module")
 def request_for_tiny() -> Request:
-    tokens = video.read_tokens(video.EXCERPT, 2)
-    return Request(video=lambda clips: tokens)
+    tokens, film = video.read_tokens(video.EXCERPT, 2), video.read_frames(video.EXCERPT)
+    return Request(video=lambda clips: tokens, film=lambda: film)
+
+
+@pytest.fixture
+def wish(room: ModuleType, request_for_tiny: Request) -> Request:
+    """Also the peers that are slow where they are large; those of other rooms compile."""
+    return request_for_tiny._replace(slow_peers=room is delta_matmul)
 
 
 @pytest.fixture
@@ -106,8 +140,8 @@ def invoke(*arguments: object):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("room", "case"), CASES, ids=map(names, CASES))
-def test_every_contender_computes_the_same(room: ModuleType, case: Any, dtype: str, request_for_tiny: Request) -> None:
-    check_contenders(room, case._replace(dtype=dtype), request_for_tiny)
+def test_every_contender_computes_the_same(room: ModuleType, case: Any, dtype: str, wish: Request) -> None:
+    check_contenders(room, case._replace(dtype=dtype), wish)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -168,7 +202,9 @@ QUICK = [(module, case) for module, _ in ROOMS.values() for case in module.CASES
 @pytest.mark.full
 @pytest.mark.parametrize(("room", "case"), QUICK, ids=[harness.case_id(case) for _, case in QUICK])
 def test_quick_preset_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest) -> None:
-    _run_under_pytest_benchmark(room, case, request, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+    _run_under_pytest_benchmark(
+        room, case, request, Request(video=partial(video.read_tokens, video.EXCERPT), film=partial(video.read_frames, video.EXCERPT))
+    )
 
 
 def _run_under_pytest_benchmark(room: ModuleType, case: Any, request: pytest.FixtureRequest, wish: Request) -> None:
@@ -193,6 +229,69 @@ COMPILED = [pair for pair in CASES if names(pair) in ("small-match", "small-into
 def test_compiled_peers(room: ModuleType, case: Any, request_for_tiny: Request) -> None:
     ran = check_contenders(room, case, request_for_tiny._replace(slow_peers=True))
     assert "torch, compiled" in {outcome.name for outcome in ran}
+
+
+class TestFrames:
+    """What calls with a state are timed on, and what makes their results right."""
+
+    def test_every_frame_changes_the_tokens_of_its_list_and_no_others(self) -> None:
+        film = frames.rotating([(1, 2, 30, 4), (1, 30, 3)], 7)
+        lists = [set(index[0].tolist()) for index in film.index]
+        assert len(film.grids) == len(lists) == 4
+        assert film.counts == [7] * 4
+        assert all(now != before for now, before in zip(lists, lists[-1:] + lists[:-1], strict=True))
+        for now, before, listed in zip(film.grids, film.grids[-1:] + film.grids[:-1], lists, strict=True):
+            for grid, old in zip(now, before, strict=True):
+                changed = (grid != old).flatten(0, -3).any(-1).any(0) if grid.dim() > 2 else None
+                assert set(changed.nonzero().flatten().tolist()) == listed
+
+    def test_a_film_goes_there_and_back_again(self) -> None:
+        pictures = [(torch.full((1, 4, 1), 1.0).index_fill(1, torch.arange(at), 5.0 + at),) for at in range(4)]
+        film = frames.from_film(pictures)
+        assert [grids[0] is pictures[at][0] for grids, at in zip(film.grids, (0, 1, 2, 3, 2, 1), strict=True)] == [True] * 6
+        assert [index[0].tolist() for index in film.index] == [[0, -1, -1], [0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 2], [0, 1, -1]]
+        assert film.counts == [1, 1, 2, 3, 3, 2]
+
+    def test_a_stream_starts_once_and_goes_around(self) -> None:
+        calls: list[int] = []
+
+        def step(state: list[int], at: int) -> tuple[harness.Results, list[int]]:
+            calls.append(at)
+            return (torch.tensor(len(state)),), [*state, at]
+
+        stream = frames.Stream(3, lambda: [7], step)
+        first = stream()
+        assert [int(x) for [x] in stream.checked(first)] == [1, 2]
+        assert [int(*stream()) for _ in range(3)] == [3, 4, 5]
+        assert calls == [0, 1, 2, 0, 1]
+
+    @pytest.mark.parametrize(
+        "name", ["scant-attention", "scant-attention-paper", "scant-block", "scant-gate", "scant-linear", "scant-windows"]
+    )
+    @pytest.mark.parametrize("call", [1, 2])
+    def test_a_wrong_frame_is_wrong(self, name: str, call: int, request_for_tiny: Request) -> None:
+        """The first of those that are compared, or the last; and of every contender."""
+        case = next(case for case in DELTA if case.name == name)
+        trial = delta_matmul.prepare(case, request_for_tiny._replace(slow_peers=True))
+        for contender in trial.contenders:
+            stream = contender.run
+            right = stream.step
+
+            def spoilt(state: Any, at: int, right: Callable[..., Any] = right) -> Any:
+                results, state = right(state, at)
+                values = [x for x in results if x.is_floating_point()]
+                # the last frame's grid may be the state: what is spoilt is a copy
+                return tuple(x * 1.001 if x is values[0] and at == call - 1 else x for x in results), state
+
+            stream.step = spoilt
+        statuses = {o.name: o.status for o in harness.measure(trial, "fp32", harness.CpuClock(), 0.001, 1).outcomes}
+        assert set(statuses.values()) == {"wrong"}, statuses
+
+    def test_a_wrong_choice_is_wrong(self) -> None:
+        change = torch.tensor([[[4.0], [3.0], [0.0], [2.0]]])
+        assert delta_matmul.block.rightness(change, torch.tensor([[0, 1]]), 2).tolist() == [1.0] * 4
+        assert delta_matmul.block.rightness(change, torch.tensor([[0, 3]]), 2).tolist() == [1.0, 1.0, 1.0, pytest.approx(2 / 3)]
+        assert delta_matmul.block.rightness(change * 0, torch.tensor([[0, 3]]), 2).tolist() == [1.0] * 4
 
 
 class TestMatching:
@@ -262,7 +361,9 @@ def test_lists_are_right_by_the_scores_in_them() -> None:
 def test_near_duplicates_of_the_excerpt() -> None:
     """Real tokens repeat, so that a threshold has something to merge; the benchmark says how much."""
     film = next(case for case in token_merge.CASES if case.threshold is not None)._replace(channels=8)
-    trial = token_merge.prepare(film, Request(video=lambda clips: video.read_tokens(video.EXCERPT, clips)))
+    trial = token_merge.prepare(
+        film, Request(video=partial(video.read_tokens, video.EXCERPT), film=partial(video.read_frames, video.EXCERPT))
+    )
     found = re.match(r"(\d+) of 6276 tokens \((\d+) %\) are more similar than 0.9", trial.remark)
     assert found, trial.remark
     assert 15 < int(found[2]) < 45
@@ -590,6 +691,28 @@ def test_bench_reports_memory_and_the_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_bench_says_how_much_of_the_saving_the_clock_shows(tmp_path: Path) -> None:
+    numbers = tmp_path / "run.json"
+    done = invoke("bench", "delta_matmul", "--seconds", "0.01", "--json", numbers, "--case", "scant-attention-fp32", "--case", "film-fp32")
+    assert done.exit_code == 0, done.output
+    attention, *films = record.read(numbers)["cases"]
+    # 9 of 40 tokens: 3 J N - 2 J^2 of N^2 pairs
+    assert attention["flops"] / attention["dense"]["flops"] == (3 * 9 * 40 - 2 * 81) / 1600
+    ours = next(contender for contender in attention["contenders"] if contender["ours"])
+    share = attention["flops"] / attention["dense"]["flops"]
+    assert set(ours["merit"]) == {"SDPA", "tokenops, dense"}
+    for peer, merit in ours["merit"].items():
+        assert merit == pytest.approx(ours["faster_than"][peer]["median"] * share)
+        assert f"{merit:.2f} of that in time against {peer}" in " ".join(done.output.split())
+    words = " ".join(done.output.split())
+    assert "1.74x fewer operations" in words
+    assert "9 of 40 tokens change; the state holds" in words
+    for film in films:
+        assert re.search(r"^(\d+, )+\d+ .*tokens change", film["remark"])
+    assert "relative difference from a dense block" in films[1]["remark"]
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_bench_with_a_wrong_result_of_ours_fails_and_prints_no_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = sparse_attention.tokenops.sparse_attention
     monkeypatch.setattr(sparse_attention.tokenops, "sparse_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
@@ -643,7 +766,7 @@ def test_select_cases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, got 'no_such_room'"),
+        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, delta_matmul, got 'no_such_room'"),
         (["--backend", "abacus"], "--backend must be one of triton, cpu, .* got 'abacus'"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
@@ -699,6 +822,31 @@ def test_picture_of_a_frame(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert str(drawing) in done.output
     assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("frame", [0, 50, 131])
+def test_picture_of_what_changed(frame: int, tmp_path: Path) -> None:
+    drawing = tmp_path / "frames.png"
+    done = invoke("picture", drawing, "--room", "delta_matmul", "--frame", frame)
+    assert done.exit_code == 0, done.output
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_shows_the_tokens_that_changed() -> None:
+    pictures, first = video.read_frames(video.EXCERPT), 50
+    sent = picture.sent_tokens(pictures, first)
+    panels = picture.sent_panels(pictures, first, sent)
+    assert [panel.title for panel in panels] == [f"frame {first + at}: {int(mask.sum())} of 784 tokens" for at, mask in enumerate(sent)]
+    last = pictures[first - 1]
+    for frame, mask, panel in zip(pictures[first:], sent, panels, strict=False):
+        for y, x in ((3, 4), (14, 14), (20, 9), (27, 0)):
+            at = (slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+            change = (frame[at].float() - last[at].float()).div(127.5).square().mean().sqrt()
+            assert bool(mask[y, x]) == bool(change > delta_matmul.NOTICED)
+            torch.testing.assert_close(panel.image[at], frame[at] / 255 * (1.0 if mask[y, x] else picture.DIMMED))
+        # a token that was not sent is compared with what was sent before
+        last = torch.where(mask.repeat_interleave(8, 0).repeat_interleave(8, 1)[..., None], frame, last)
+    assert 0 < sum(int(mask.sum()) for mask in sent) < 4 * 784
 
 
 def test_clusters_of_a_picture() -> None:

@@ -205,6 +205,102 @@ def test_in_place_gives_the_same(form: str, backend: str, device: str) -> None:
         assert torch.equal(mine, other), name
 
 
+@pytest.mark.parametrize("form", ["plain", "skip and norm", "whole"])
+def test_in_place_with_tokens_that_are_given(form: str, backend: str, device: str) -> None:
+    """No change decides, so none is measured: the path is another. The reference is a view, and nothing beside it is written."""
+    call, forms = call_of(device=device), FORMS[form]
+    options: dict[str, Any] = {"index": torch.tensor([[-1, 7, 2, -1, 0], [3, -1, -1, 8, 1]], device=device)}
+    want = as_called(options, forms, backend)(**call)
+    around = normal(9, 2, 11, device=device, seed=8)
+    grid = around.clone()
+    old = grid.transpose(0, 1)[..., 2:8]
+    old.copy_(call["reference"])
+    norm = (call["norm_weight"], call["norm_bias"]) if "norm" in forms else None
+    skip = call["skip"] if "skip" in forms else None
+    got = tokenops.delta_gate_(call["x"], old, **options, skip=skip, norm=norm, norm_eps=1e-5, whole="whole" in forms, backend=backend)
+    assert got.reference is old
+    for name, mine, other in zip(DeltaGate._fields, got, want, strict=True):
+        assert torch.equal(mine, other), name
+    for columns in (slice(0, 2), slice(8, None)):
+        assert torch.equal(grid[..., columns], around[..., columns])
+
+
+def test_any_layout(backend: str, device: str) -> None:
+    grids = normal(3, 9, 2, 24, device=device)
+    weight, bias = normal(2, 16, device=device, seed=1)[:, ::2]
+    dense = [grid.transpose(0, 1)[..., :8] for grid in grids]
+    spread = [grid.transpose(0, 1)[..., ::3] for grid in grids]
+    expanded = [grid[:, :1, :8].transpose(0, 1).expand(2, -1, -1) for grid in grids]
+    for x, old, skip in (dense, spread, expanded):
+        plain = [part.contiguous() for part in (x, old, skip, weight, bias)]
+        want = tokenops.delta_gate(plain[0], plain[1], k=4, skip=plain[2], norm=(plain[3], plain[4]), backend=backend)
+        got = tokenops.delta_gate(x, old, k=4, skip=skip, norm=(weight, bias), backend=backend)
+        for name, mine, other in zip(DeltaGate._fields, got, want, strict=True):
+            assert torch.equal(mine, other), name
+
+
+def test_norms_neither_overflow_nor_vanish(backend: str, device: str) -> None:
+    """Of an order whose powers would; and infinite changes are the greatest of all."""
+    x = torch.zeros(1, 4, 5, device=device)
+    for size in (1e25, 1e-25):
+        x[0, :, :] = size * torch.tensor([[1.0], [3.0], [2.0], [0.0]], device=device)
+        if backend.startswith("cpu"):
+            assert tokenops.delta_gate(x, 0 * x, k=2, order=3.0, backend=backend).index.tolist() == [[1, 2]]
+    x[0, 3, 2] = -torch.inf
+    for order in (0.5, 1.0, 2.0, 3.0, torch.inf):
+        assert tokenops.delta_gate(x, torch.zeros_like(x), threshold=1e30, order=order, backend=backend).index[0, 0] == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_than_the_caches_hold(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Grids of that size are written past them; what was written is read again. Widths end within a vector."""
+    call = call_of(1, 2100, 1001, dtype=dtype, device=device)
+    # few and far more changed than the others, so that no rounding decides
+    call["x"] = call["reference"] + 0.01 * call["x"] / 2100
+    call["x"][0, 5::100] = normal(21, 1001, dtype=dtype, device=device, seed=9)
+    forms = ("skip",)
+    call["skip"] = (0.01 * call["skip"].float()).to(dtype)
+    gate = as_called({"k": 21}, forms, backend)(**call)
+    assert gate.index.tolist() == [list(range(5, 2100, 100))]
+    want = as_loop(gate.index.tolist(), forms)(**{name: part.double().cpu() for name, part in call.items()})
+    for name, mine, other in zip(RESULTS, continuous(gate), want, strict=True):
+        assert_close(name, mine, other, dtype)
+
+
+def test_the_same_bits_for_any_number_of_threads(backend: str, device: str) -> None:
+    call = call_of(2, 700, 24, device=device)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        leaves = {name: part.clone().requires_grad_() for name, part in call.items()}
+        gate = as_called({"k": 90}, ("skip", "norm"), backend)(**leaves)
+        loss = sum((part * normal(*part.shape, device=device, seed=at)).sum() for at, part in enumerate(continuous(gate)))
+        results.append([*gate, *torch.autograd.grad(loss, list(leaves.values()))])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+CONTENTS = {
+    "NaN": ({"k": 2}, "x must not differ from reference by NaN, got NaN in token 6 of sample 1"),
+    "an id of another grid": ({"index": torch.tensor([[0, 9], [0, 1]])}, r"ids in \[0, 9\)"),
+    "a negative id": ({"index": torch.tensor([[0, -2], [0, 1]])}, r"ids in \[0, 9\)"),
+    "an id twice": ({"index": torch.tensor([[0, 1], [3, 3]])}, "index must not repeat an id"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_bad_contents_are_found_before_the_reference_is_touched(name: str, backend: str) -> None:
+    options, message = CONTENTS[name]
+    call = call_of()
+    if name == "NaN":
+        call["x"][1, 6, 3] = torch.nan
+    old = call["reference"].clone()
+    with pytest.raises(ValueError, match=message):
+        tokenops.delta_gate_(call["x"], old, **options, backend=backend)
+    assert torch.equal(old, call["reference"])
+
+
 def test_the_definition_passes_gradcheck() -> None:
     call = {name: x.double().requires_grad_() for name, x in call_of(1, 4, 3).items()}
 

@@ -171,6 +171,89 @@ def test_out_receives_the_listed_rows_only(hidden: int | None, backend: str, dev
         assert torch.equal(out[sample, others], before[sample, others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_go_at_once(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Of two samples with lists of their own, through both layers; widths that no vector divides."""
+    call = call_of(2, 500, 450, 19, 21, 33, dtype=dtype, device=device)
+    leaves = {name: call[name] for name in call}
+    want = as_loop("gelu", True)(**{name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in leaves.items()})
+    assert_close("y", as_called("gelu", True, backend)(**call), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(40, 1301, 30), (100, 16, 600), (3, 770, 517)], ids=str)
+def test_long_rows_and_many_outputs(sizes: tuple[int, int, int], dtype: torch.dtype, backend: str, device: str) -> None:
+    slots, width, outputs = sizes
+    call = call_of(1, 120, slots, width, outputs, dtype=dtype, device=device)
+    want = as_loop("silu", False)(**{name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in call.items()})
+    assert_close("y", as_called("silu", False, backend)(**call), want, dtype)
+
+
+@pytest.mark.parametrize("hidden", [None, 70], ids=["linear", "mlp"])
+def test_the_same_bits_for_any_number_of_threads(hidden: int | None, backend: str, device: str) -> None:
+    """Forward. The backward pass leaves its products to torch, whose bits may depend on threads, and the definition all of them."""
+    if backend == "reference":
+        pytest.skip("leaves its products to torch")
+    call = call_of(2, 150, 130, 40, 100, hidden, device=device)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(as_called("gelu", True, backend)(**call))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weights_of_any_layout(backend: str, device: str) -> None:
+    """Also such whose pairs of half numbers do not lie on their own boundaries, or rows in one place."""
+    for dtype in DTYPES:
+        x, index = normal(1, 9, 12, dtype=dtype, device=device), lists(1, 9, 6, device=device)
+        flat = normal(400, dtype=dtype, device=device, seed=1)
+        for weight in (flat[1:241].view(20, 12), flat[:260].view(20, 13)[:, :12], flat[3:16][:12].expand(20, 12)):
+            want = tokenops.gathered_linear(x, weight.contiguous(), index=index, backend=backend)
+            assert_close("y", tokenops.gathered_linear(x, weight, index=index, backend=backend), want.double(), dtype)
+
+
+def test_out_of_any_layout(backend: str, device: str) -> None:
+    x, weight, index = normal(2, 6, 4, device=device), normal(5, 4, device=device, seed=1), lists(2, 6, 4, device=device)
+    want = tokenops.gathered_linear(x, weight, index=index, out=torch.ones(2, 6, 5, device=device), backend=backend)
+    grid = torch.ones(6, 2, 9, device=device)
+    tokenops.gathered_linear(x, weight, index=index, out=grid.transpose(0, 1)[..., 2:7], backend=backend)
+    assert torch.equal(grid.transpose(0, 1)[..., 2:7], want)
+    assert (grid[..., :2] == 1).all()
+    assert (grid[..., 7:] == 1).all()
+    columns = torch.ones(2, 5, 6, device=device).transpose(1, 2)
+    if backend == "reference":
+        tokenops.gathered_linear(x, weight, index=index, out=columns, backend=backend)
+        assert torch.equal(columns, want)
+    else:
+        with pytest.raises(NotImplementedError, match="out must have a dense last dimension"):
+            tokenops.gathered_linear(x, weight, index=index, out=columns, backend=backend)
+
+
+CONTENTS = {
+    "an id of another grid": ([[0, 6], [0, 1]], r"ids in \[0, 6\)"),
+    "a negative id": ([[0, -2], [0, 1]], r"ids in \[0, 6\)"),
+    "an id twice": ([[0, -1, 1], [3, -1, 3]], "index must not repeat an id"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_bad_lists_are_found_before_anything_is_written(name: str, backend: str) -> None:
+    ids, message = CONTENTS[name]
+    index = torch.tensor(ids)
+    x, weight, out = normal(2, 6, 4), normal(4, 4, seed=1), torch.ones(2, 6, 4)
+    rows = normal(2, index.shape[1], 4, seed=2)
+    for call in (
+        lambda: tokenops.gathered_linear(x, weight, index=index, out=out, backend=backend),
+        lambda: tokenops.gathered_mlp(x, weight, None, weight, index=index, out=out, backend=backend),
+        lambda: tokenops.update_tokens_(out, rows, index=index, backend=backend),
+        lambda: tokenops.update_tokens(out, rows, index=index, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert (out == 1).all()
+
+
 def test_out_has_no_gradient(device: str) -> None:
     x, weight, out = torch.ones(1, 4, 3), torch.ones(2, 3, requires_grad=True), torch.zeros(1, 4, 2)
     with pytest.raises(RuntimeError, match=r"out is written in place and has no gradient: .*use tokenops.update_tokens"):
@@ -212,6 +295,28 @@ def test_a_buffer_is_updated(dtype: torch.dtype, backend: str, device: str) -> N
     want, buffer = run(**call), call["buffer"].clone()
     assert tokenops.update_tokens_(buffer, call["rows"], index=index, backend=backend) is buffer
     assert torch.equal(buffer, want)
+
+
+def test_buffers_of_any_layout(backend: str, device: str) -> None:
+    index, rows = lists(2, 9, 5, device=device), normal(5, 2, 8, device=device, seed=1).transpose(0, 1)[..., ::2]
+    grid = normal(9, 2, 7, device=device)
+    buffer = grid.transpose(0, 1)[..., 1:5]
+    want = updated_loop(buffer.clone(), rows, index)
+    assert torch.equal(tokenops.update_tokens(buffer, rows, index=index, backend=backend), want)
+    before = grid.clone()
+    tokenops.update_tokens_(buffer, rows, index=index, backend=backend)
+    assert torch.equal(buffer, want)
+    assert torch.equal(grid[..., 5:], before[..., 5:])
+    # any element type: rows are moved, not computed
+    assert torch.equal(
+        tokenops.update_tokens(want.double(), rows.double(), index=index[0]), updated_loop(want, rows, index[:1].expand(2, -1))
+    )
+
+
+def test_a_buffer_beyond_the_caches(backend: str, device: str) -> None:
+    buffer, rows = normal(1, 1100, 1001, device=device), normal(1, 40, 1001, device=device, seed=1)
+    index = lists(1, 1100, 40, device=device)
+    assert torch.equal(tokenops.update_tokens(buffer, rows, index=index, backend=backend), updated_loop(buffer, rows, index))
 
 
 def test_frames_in_a_row_carry_gradients(backend: str, device: str) -> None:

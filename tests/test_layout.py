@@ -34,6 +34,7 @@ EXAMPLES = (
     "soft_merge",
     "delta_attention",
     "delta_gate",
+    "delta_window_attention",
     "gathered_linear",
     "gathered_mlp",
     "update_tokens",

@@ -244,8 +244,9 @@ def test_any_layout_of_the_output_gradient(form: str, backend: str, device: str)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_a_gradient_does_not_depend_on_which_others_are_wanted(name: str, backend: str, device: str) -> None:
-    call = listed(device, bias=True)
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(name: str, backend: str, serve: Serve, device: str) -> None:
+    call = listed(device, bias=True, key_rows=24, rel_grid=(4, 6))
+    serve(call)
     grad_out = torch.randn(2, 3, 11, 16, generator=torch.Generator().manual_seed(6)).to(device)
     every = computed(call, grad_out, backend)
     alone = computed(call, grad_out, backend, (name,))
@@ -253,11 +254,12 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(name: str, backen
     assert torch.equal(alone.grads[name], every.grads[name])
 
 
-def test_rows_outside_the_lists_get_zero_gradient(backend: str, device: str) -> None:
-    call = listed(device)
-    got = assert_right(call, backend)
-    for name, index in (("query", "q_index"), ("key", "kv_index"), ("value", "kv_index")):
-        listed_rows = tokenops.mask_from_index(call[index], call[name].shape[2])
+def test_rows_outside_the_lists_get_zero_gradient(serve: Serve, device: str) -> None:
+    call = listed(device, key_rows=24, rel_grid=(4, 6))
+    got = assert_right(call, serve(call))
+    lists = {"query": "q_index", "key": "kv_index", "value": "kv_index", "rel_h": "q_index", "rel_w": "q_index"}
+    for name, index in lists.items():
+        listed_rows = tokenops.mask_from_index(call[index], got.grads[name].shape[2])
         assert (got.grads[name][~listed_rows] == 0.0).all()
         assert (got.grads[name][listed_rows] != 0.0).any()
 
@@ -380,11 +382,17 @@ def test_dropout() -> None:
         ),
         Case("one head", {**LISTED, "batch": 1, "heads": 1, "query_rows": 700, "key_rows": 700, "kept": 600, "kv_kept": 640, "bias": True}),
         Case("short sequences", {**LISTED, "batch": 40, "query_rows": 8, "key_rows": 8, "kept": None, "kv_kept": None}),
+        Case(
+            "positions",
+            {**LISTED, "batch": 1, "heads": 2, "query_rows": 300, "key_rows": 400, "kept": 200, "kv_kept": None},
+            with_rel_pos(20, 20),
+        ),
     ],
     ids=lambda case: case.name,
 )
-def test_bits_depend_neither_on_the_run_nor_on_threads(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_bits_depend_neither_on_the_run_nor_on_threads(case: Case, dtype: torch.dtype, serve: Serve, device: str) -> None:
     call = build(case, dtype, device)
+    backend = serve(call)
     grad_out = torch.randn(expected(call, None).out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     # the reference leaves its products to torch, which promises the bits of a run, not of a number of threads
     threads = (1, 1) if backend == "reference" else (1, 1, 2, 4, 3)
@@ -483,6 +491,11 @@ def calls(draw: st.DrawFn) -> Call:
         bias = torch.randn(form, generator=generator)
         call["kv_bias"] = bias.masked_fill(bias < draw(st.sampled_from((-5.0, -1.0, 5.0))), -torch.inf)
     if draw(st.booleans()):
+        height = draw(st.sampled_from([cells for cells in range(1, columns + 1) if columns % cells == 0]))
+        rel_dtype = draw(st.sampled_from((dtype, torch.float32)))
+        rel = (torch.randn(batch, heads, rows, cells, generator=generator) for cells in (height, columns // height))
+        call["rel_pos"] = tuple(part.to(rel_dtype) for part in rel)
+    if draw(st.booleans()):
         shape = [size if draw(st.booleans()) else 1 for size in (batch, heads, rows, columns)]
         mask = torch.randn(shape[draw(st.integers(0, 3)) :], generator=generator)
         call["attn_mask"] = mask > draw(st.sampled_from((-1.0, 0.5))) if draw(st.booleans()) else mask
@@ -491,11 +504,14 @@ def calls(draw: st.DrawFn) -> Call:
 
 def matches(call: Call, backend: str, device: str) -> None:
     call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
-    want = expected(call, None)
+    grad_out = torch.randn(expected(call, None).out.shape, generator=torch.Generator().manual_seed(1)).to(device, call["query"].dtype)
+    want = expected(call, grad_out)
     visible = want.lse > -torch.inf
     # with nearly all weight on one key, the logits' gradients are 0 but for the rounding of terms that cancel: nothing to compare with
     assume(not visible.any() or want.row_sq[visible].mean() < 0.6)
-    assert_right(call, backend)
+    # the same of a term that all visible keys of a query share
+    assume(all(want.grads[name].norm() > 1e-2 for name in ("rel_h", "rel_w") if name in want.grads and visible.any()))
+    assert_right(call, backend, grad_out)
 
 
 @settings(max_examples=150)

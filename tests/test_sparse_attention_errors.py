@@ -417,6 +417,26 @@ BAD_PACKED: dict[str, tuple[Callable[[Call], dict[str, Any]], type[Exception], s
         r"q_index must not repeat an id within a list, got 20 at positions \[0, 0, 6\] and \[0, 0, 20\]",
     ),
     "bias of another length": (lambda call: {"kv_bias": torch.zeros(5)}, ValueError, r"kv_bias must be \[68\] \| \[2, 68\] .*, got \[5\]"),
+    "positions of fewer cells than keys": (
+        lambda call: {"rel_pos": (torch.zeros(60, 4, 3), torch.zeros(60, 4, 13))},
+        ValueError,
+        "cu_seqlens_k must delimit sequences of at most 3 x 13 keys, the grid of rel_pos, got 40",
+    ),
+    "positions of no cell": (
+        lambda call: {"rel_pos": (torch.zeros(60, 4, 0), torch.zeros(60, 4, 13))},
+        ValueError,
+        "cu_seqlens_k must delimit sequences of at most 0 x 13 keys, the grid of rel_pos, got 40",
+    ),
+    "positions as a grid": (
+        lambda call: {"rel_pos": (torch.zeros(1, 4, 60, 5), torch.zeros(1, 4, 60, 8))},
+        ValueError,
+        r"rel_pos: rel_h must be packed rows \[Tq, Hq, cells\], got \[1, 4, 60, 5\]",
+    ),
+    "positions of other rows": (
+        lambda call: {"rel_pos": (torch.zeros(60, 4, 5), torch.zeros(59, 4, 8))},
+        ValueError,
+        r"rel_pos: rel_w must be \[4, 60, gw\] .*, got \[4, 59, 8\]",
+    ),
     "out of another shape": (
         lambda call: {"out": torch.zeros(60, 4, 16)},
         ValueError,

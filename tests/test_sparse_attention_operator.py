@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LISTED, Call, Case, as_bshd, build, with_mask
-from oracle import assert_close, expected, problem_of
+from oracle import as_call, assert_close, by_tensor, expected, problem_of
 from test_sparse_attention_varlen import packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -209,7 +209,7 @@ def test_exported_program_is_saved_and_loaded(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_query_key_and_value_only(dtype: torch.dtype, device: str) -> None:
-    call = listed(device, with_mask("float", "bhNM"), bias=True)
+    call = listed(device, with_mask("float", "bhNM"), bias=True, key_rows=24, rel_grid=(4, 6))
     half = {name: call[name].to(dtype) for name in ("query", "key", "value")}
     want = tokenops.sparse_attention(**{**call, **half})
     with torch.autocast(device, dtype):
@@ -263,14 +263,15 @@ def test_meta_tensors_pass_through() -> None:
     assert torch.autograd.grad(tokenops.sparse_attention(**call).sum(), call["key"])[0].shape == call["key"].shape
 
 
-@pytest.mark.parametrize("mapped", ["query", "lists", "everything"])
+@pytest.mark.parametrize("mapped", ["query", "lists", "positions", "everything"])
 def test_vmap_is_a_loop(mapped: str, device: str) -> None:
-    calls = [build(Case("", {**LISTED, "bias": True, "empty": 0.2}), torch.float32, device, seed=seed) for seed in range(3)]
-    names = {"query": ("query",), "lists": ("q_index", "kv_index"), "everything": tuple(calls[0])}[mapped]
+    sizes = {**LISTED, "bias": True, "empty": 0.2, "key_rows": 24, "rel_grid": (4, 6)}
+    calls = [by_tensor(build(Case("", sizes), torch.float32, device, seed=seed)) for seed in range(3)]
+    names = {"query": ("query",), "lists": ("q_index", "kv_index"), "positions": ("rel_w",), "everything": tuple(calls[0])}[mapped]
     stacked = [torch.stack([call[name] for call in calls], dim=1) for name in names]
 
     def run(*values: Tensor) -> Tensor:
-        return tokenops.sparse_attention(**{**calls[0], **dict(zip(names, values, strict=True))})
+        return tokenops.sparse_attention(**as_call({**calls[0], **dict(zip(names, values, strict=True))}))
 
     got = torch.vmap(run, in_dims=1)(*stacked)
     want = torch.stack([run(*(call[name] for name in names)) for call in calls])
@@ -278,13 +279,13 @@ def test_vmap_is_a_loop(mapped: str, device: str) -> None:
 
 
 def test_vmap_passes_gradients_on(device: str) -> None:
-    call = listed(device, with_mask("float", "bhNM"), bias=True)
-    names = ("query", "value", "kv_bias", "attn_mask")
+    call = by_tensor(listed(device, with_mask("float", "bhNM"), bias=True, key_rows=24, rel_grid=(4, 6)))
+    names = ("query", "value", "kv_bias", "attn_mask", "rel_h", "rel_w")
     leaves = [call[name].detach().requires_grad_() for name in names]
     queries = torch.randn(3, *call["query"].shape, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
 
     def run(query: Tensor) -> Tensor:
-        return tokenops.sparse_attention(**{**call, **dict(zip(names, leaves, strict=True)), "query": query})
+        return tokenops.sparse_attention(**as_call({**call, **dict(zip(names, leaves, strict=True)), "query": query}))
 
     got = torch.autograd.grad(torch.vmap(run)(queries).square().sum(), [queries, *leaves[1:]])
     want = torch.autograd.grad(torch.stack([run(query) for query in queries]).square().sum(), [queries, *leaves[1:]])
@@ -294,10 +295,10 @@ def test_vmap_passes_gradients_on(device: str) -> None:
 
 @pytest.mark.parametrize("bias_batch", [1, 2], ids=["shared bias", "bias per sample"])
 def test_vmap_of_the_backward_pass(bias_batch: int, device: str) -> None:
-    call = listed(device, bias=True)
+    call = by_tensor(listed(device, bias=True, key_rows=24, rel_grid=(4, 6)))
     call["kv_bias"] = call["kv_bias"][:bias_batch]
-    leaves = [call[name].requires_grad_() for name in ("query", "key", "value", "kv_bias")]
-    out = tokenops.sparse_attention(**call)
+    leaves = [call[name].requires_grad_() for name in ("query", "key", "value", "kv_bias", "rel_h", "rel_w")]
+    out = tokenops.sparse_attention(**as_call(call))
     grad_outs = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(device)
     got = torch.autograd.grad(out, leaves, grad_outs, is_grads_batched=True, retain_graph=True)
     want = [torch.autograd.grad(out, leaves, grad_out, retain_graph=True) for grad_out in grad_outs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import os
@@ -17,16 +18,23 @@ from tokenops.triton import sparse_attention as launchers
 from tokenops.triton.launch import dot_precision
 from tokenops.triton.sparse_attention.tiles import LARGEST, TABLE, choose_tiles, pad, row_tiles, shared_bytes
 
+# the package re-exports the function of the module's name
+TABLES = {"sparse_attention": TABLE, "delta_attention": importlib.import_module("tokenops.triton.delta_matmul.attention").EXACT}
 WIDTHS = (8, 16, 40, 64, 72, 128, 136, 256)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("limit", [None, 232448, 166912, 101376, 65536], ids=str)
-@pytest.mark.parametrize("mask", [0, 1, 4], ids=["no mask", "bool mask", "float mask"])
-@pytest.mark.parametrize(("kernel", "itemsize"), TABLE, ids=str)
-def test_tiles_fit_the_device_and_the_problem(kernel: str, itemsize: int, mask: int, limit: int | None) -> None:
+@pytest.mark.parametrize("mask", [0, 1, 4, 8], ids=["no mask", "bool mask", "float mask", "rel_pos"])
+@pytest.mark.parametrize(
+    ("table", "kernel", "itemsize"),
+    [(name, *key) for name, table in TABLES.items() for key in table],
+    ids=str,
+)
+def test_tiles_fit_the_device_and_the_problem(table: str, kernel: str, itemsize: int, mask: int, limit: int | None) -> None:
+    options = {"gathered": mask, "limit": limit, "table": TABLES[table]}
     for head, value_head, slots, biased in itertools.product(WIDTHS, (8, 64, 256), (1, 8, 17, 32, 64, 5000), (False, True)):
-        tiles = choose_tiles(kernel, head, value_head, itemsize, slots, slots, biased=biased, gathered=mask, limit=limit)
+        tiles = choose_tiles(kernel, head, value_head, itemsize, slots, slots, biased=biased, **options)
         for block in (tiles.block_q, tiles.block_k):
             # the kernels read lse and delta in whole blocks, whose padding is LARGEST slots
             assert 16 <= block <= min(LARGEST, pad(slots))

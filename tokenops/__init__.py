@@ -5,6 +5,8 @@ from tokenops.ops.delta_matmul import (
     delta_attention_,
     delta_gate,
     delta_gate_,
+    delta_window_attention,
+    delta_window_attention_,
     gathered_linear,
     gathered_mlp,
     update_tokens,
@@ -32,7 +34,7 @@ from tokenops.ops.token_select import (
     select_tokens,
     unpack_tokens,
 )
-from tokenops.types import Aux, DeltaGate, DeltaState, HaltState, MergePlan, PackedTokens, Role, TokenIndex, Window
+from tokenops.types import Aux, DeltaGate, DeltaState, HaltState, MergePlan, PackedTokens, Role, TokenIndex, Window, WindowState
 
 __version__ = "0.1.0"
 
@@ -46,11 +48,14 @@ __all__ = [
     "Role",
     "TokenIndex",
     "Window",
+    "WindowState",
     "compose_plans",
     "delta_attention",
     "delta_attention_",
     "delta_gate",
     "delta_gate_",
+    "delta_window_attention",
+    "delta_window_attention_",
     "gathered_linear",
     "gathered_mlp",
     "halt_tokens",

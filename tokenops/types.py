@@ -80,6 +80,12 @@ class DeltaState(NamedTuple):
     probability: Tensor | None  # paper: [B, H, M, N], row j is column j of the attention matrix as of when cell j was last listed
 
 
+class WindowState(NamedTuple):
+    """What ``delta_window_attention`` carries from frame to frame."""
+
+    output: Tensor  # [B, H, N, Dv] the last result
+
+
 class AttentionProblem(NamedTuple):
     """One attention call after the door has checked and normalised it: what every backend receives.
 

@@ -42,12 +42,12 @@ class CheckedLists {
 };
 
 // [B, N, C] of dense rows
-struct Grid {
+struct TokenGrid {
   char* data = nullptr;
   int64_t batch = 0, rows = 0, width = 0, sample_bytes = 0, row = 0, row_bytes = 0;
 
-  Grid() = default;
-  Grid(const char* name, const Tensor& t) {
+  TokenGrid() = default;
+  TokenGrid(const char* name, const Tensor& t) {
     check_rank(name, t, 3);
     check_dense_rows(name, t);
     STD_TORCH_CHECK(t.size(1) < INT32_MAX, name, " must have fewer than 2^31 - 1 rows");
@@ -57,18 +57,18 @@ struct Grid {
     sample_bytes = t.stride(0) * size, row = t.stride(1), row_bytes = row * size;
   }
   // of the shape and dtype of another tensor but for the number of rows
-  Grid(const char* name, const Tensor& t, const Tensor& like, int64_t rows_wanted) : Grid(name, t) {
+  TokenGrid(const char* name, const Tensor& t, const Tensor& like, int64_t rows_wanted) : TokenGrid(name, t) {
     check_dtype(name, t, like.scalar_type());
     check_size(name, t, 0, like.size(0));
     check_size(name, t, 1, rows_wanted);
     check_size(name, t, 2, like.size(2));
   }
-  static Grid of(const char* name, const OptionalTensor& t, const Tensor& like, int64_t rows_wanted) {
-    return t ? Grid(name, *t, like, rows_wanted) : Grid();
+  static TokenGrid of(const char* name, const OptionalTensor& t, const Tensor& like, int64_t rows_wanted) {
+    return t ? TokenGrid(name, *t, like, rows_wanted) : TokenGrid();
   }
   GateRows sample(int64_t b) const { return {data ? data + b * sample_bytes : nullptr, row}; }
   char* at(int64_t b, int64_t n) const { return data + b * sample_bytes + n * row_bytes; }
-  bool same_as(const Grid& other) const { return data == other.data && sample_bytes == other.sample_bytes && row == other.row; }
+  bool same_as(const TokenGrid& other) const { return data == other.data && sample_bytes == other.sample_bytes && row == other.row; }
 };
 
 RowNormalization norm_of(const OptionalTensor& weight, const OptionalTensor& bias, double eps, int64_t width) {
@@ -103,11 +103,11 @@ int64_t gate(Tensor index, Tensor count, Tensor values, Tensor delta, Tensor ren
              OptionalTensor reference, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, OptionalTensor chosen,
              std::optional<double> threshold, double order, bool whole, std::string isa) {
   const DeltaMatmulLoops& loops = loops_of<DeltaMatmulLoops>(isa);
-  const Grid frame("x", x);
+  const TokenGrid frame("x", x);
   const int64_t batch = frame.batch, tokens = frame.rows, slots = values.size(1);
-  const Grid skipped = Grid::of("skip", skip, x, tokens), old = Grid::of("reference", reference, x, tokens);
-  const Grid next("new reference", renewed, x, tokens), rows("values", values, x, slots), changes("delta", delta, x, slots);
-  const Grid sum = skip ? Grid("total", total, x, tokens) : Grid();
+  const TokenGrid skipped = TokenGrid::of("skip", skip, x, tokens), old = TokenGrid::of("reference", reference, x, tokens);
+  const TokenGrid next("new reference", renewed, x, tokens), rows("values", values, x, slots), changes("delta", delta, x, slots);
+  const TokenGrid sum = skip ? TokenGrid("total", total, x, tokens) : TokenGrid();
   check_rank("index", index, 2);
   check_dtype("index", index, ScalarType::Int);
   check_size("index", index, 0, batch);
@@ -198,13 +198,15 @@ int64_t gate_backward(OptionalTensor grad_x, OptionalTensor grad_reference, Opti
                       bool first_frame, OptionalTensor grad_values, OptionalTensor grad_delta, OptionalTensor grad_renewed,
                       OptionalTensor grad_total, std::string isa) {
   const DeltaMatmulLoops& loops = loops_of<DeltaMatmulLoops>(isa);
-  const Grid frame("x", x);
+  const TokenGrid frame("x", x);
   const int64_t batch = frame.batch, tokens = frame.rows, width = frame.width;
   const CheckedLists lists(index, batch, tokens);
-  const Grid of_values = Grid::of("grad_values", grad_values, x, lists.slots());
-  const Grid of_delta = Grid::of("grad_delta", grad_delta, x, lists.slots());
-  const Grid of_renewed = Grid::of("grad_reference", grad_renewed, x, tokens), of_total = Grid::of("grad_total", grad_total, x, tokens);
-  const Grid to_x = Grid::of("new grad_x", grad_x, x, tokens), to_reference = Grid::of("new grad_reference", grad_reference, x, tokens);
+  const TokenGrid of_values = TokenGrid::of("grad_values", grad_values, x, lists.slots());
+  const TokenGrid of_delta = TokenGrid::of("grad_delta", grad_delta, x, lists.slots());
+  const TokenGrid of_renewed = TokenGrid::of("grad_reference", grad_renewed, x, tokens),
+                  of_total = TokenGrid::of("grad_total", grad_total, x, tokens);
+  const TokenGrid to_x = TokenGrid::of("new grad_x", grad_x, x, tokens),
+                  to_reference = TokenGrid::of("new grad_reference", grad_reference, x, tokens);
   const GateBackward p{storage_of("x", x), width, norm_of(norm_weight, norm_bias, norm_eps, width)};
   for (const OptionalTensor* t : {&grad_norm_weight, &grad_norm_bias}) {
     if (!*t) continue;
@@ -297,7 +299,7 @@ constexpr int64_t kRowsAtOnce = 768;
 int64_t linear(Tensor out, Tensor x, Tensor index, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
                double norm_eps, std::string activation, OptionalTensor weight_2, OptionalTensor bias_2, bool into, std::string isa) {
   const DeltaMatmulLoops& loops = loops_of<DeltaMatmulLoops>(isa);
-  const Grid from("x", x), to("out", out);
+  const TokenGrid from("x", x), to("out", out);
   const int64_t batch = from.batch, tokens = from.rows;
   const CheckedLists lists(index, batch, tokens);
   const Storage storage = storage_of("x", x);
@@ -368,9 +370,9 @@ void copy_rows(const DeltaMatmulLoops& loops, const std::vector<char*>& to, cons
 // out = buffer (zeros where there is none) with the listed rows replaced; it may be the buffer itself
 int64_t update(Tensor out, OptionalTensor buffer, Tensor rows, Tensor index, std::string isa) {
   const DeltaMatmulLoops& loops = loops_of<DeltaMatmulLoops>(isa);
-  const Grid to("out", out);
+  const TokenGrid to("out", out);
   const CheckedLists lists(index, to.batch, to.rows);
-  const Grid before = Grid::of("buffer", buffer, out, to.rows), news("rows", rows, out, lists.slots());
+  const TokenGrid before = TokenGrid::of("buffer", buffer, out, to.rows), news("rows", rows, out, lists.slots());
   if (!lists.valid()) return kBadContents;
   std::vector<char*> targets;
   std::vector<const char*> sources;
@@ -397,10 +399,10 @@ int64_t update(Tensor out, OptionalTensor buffer, Tensor rows, Tensor index, std
 
 int64_t update_backward(OptionalTensor grad_buffer, OptionalTensor grad_rows, Tensor grad_out, Tensor index, std::string isa) {
   const DeltaMatmulLoops& loops = loops_of<DeltaMatmulLoops>(isa);
-  const Grid from("grad_out", grad_out);
+  const TokenGrid from("grad_out", grad_out);
   const CheckedLists lists(index, from.batch, from.rows);
-  const Grid to_buffer = Grid::of("grad_buffer", grad_buffer, grad_out, from.rows);
-  const Grid to_rows = Grid::of("grad_rows", grad_rows, grad_out, lists.slots());
+  const TokenGrid to_buffer = TokenGrid::of("grad_buffer", grad_buffer, grad_out, from.rows);
+  const TokenGrid to_rows = TokenGrid::of("grad_rows", grad_rows, grad_out, lists.slots());
   if (!lists.valid()) return kBadContents;
   std::vector<char*> targets;
   std::vector<const char*> sources;

@@ -141,6 +141,18 @@ TOKENOPS_INLINE VecF<L> activated(Activation activation, VecF<L> x) {
 
 // ---- the product ----
 
+// Fetches the next tile of weights while this one is multiplied: rows from all over memory are more streams than the hardware follows.
+struct FetchTile {
+  const char* at;
+  int64_t row;  // in bytes
+  int64_t step = 0;
+  // a tile's row is a cache line every 16 steps
+  TOKENOPS_INLINE void operator()() {
+    __builtin_prefetch(at + step / (16 / kTileRows) % kTileRows * row + step / 16 * 64);
+    ++step;
+  }
+};
+
 template <class Dot, class T>
 struct Weights {
   typedef typename Dot::Scalar Scalar;
@@ -166,6 +178,9 @@ struct Weights {
         copy(room, data + (output + r) * row, from, steps);
     }
     return room - kTileRows * steps;
+  }
+  TOKENOPS_INLINE FetchTile after(int64_t output, int64_t from) const {
+    return {(const char*)(const void*)(data + (output + kTileRows) * row + from * Dot::kPerScalar), row * (int64_t)sizeof(T)};
   }
 
  private:
@@ -254,7 +269,7 @@ TOKENOPS_INLINE void multiply_chunk(const Weights<Dot, T>& weights, const typena
       for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) tile[r][v] = load<L>(sums + r * sums_row + v * L);
-    multiply_tile<Dot, L, kTileRows, V>(a, scalar_row, 1, panel, V * L, steps, tile);
+    multiply_tile<Dot, L, kTileRows, V>(a, scalar_row, 1, panel, V * L, steps, tile, weights.after(o, from));
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 3

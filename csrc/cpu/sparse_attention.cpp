@@ -2,8 +2,7 @@
 #include "sparse_attention.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -244,16 +243,15 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
       }
     }
   std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.cost > b.cost; });
-  std::unique_ptr<float[]> shares;
+  std::optional<Workspace> shares;
   if (most_parts > 1 && (p.grad_query.data || p.wants_rel())) {
     p.part_row = p.width + (p.wants_rel() ? p.rel_height + p.rel_width : 0);
     p.part_head = call.slots * p.part_row;
     p.part_sequence = call.packed ? 0 : p.part_head * p.query_heads;
     p.part_stride = p.part_head * p.query_heads * call.batch;
     // not zeroed: only what a part wrote is read
-    shares.reset(new (std::nothrow) float[p.part_stride * most_parts]);
-    if (!shares) return kNoMemory;
-    p.grad_query_parts = shares.get();
+    p.grad_query_parts = shares.emplace(p.part_stride * most_parts * sizeof(float)).floats();
+    if (!p.grad_query_parts) return kNoMemory;
   }
   bool done = run_parallel(parts.size(), loops.backward_scratch(p, most_keys), [&](int64_t i, Lease& lease) {
     const Part& part = parts[i];

@@ -51,7 +51,7 @@ struct RelQueries {
   // `row` of the query grid, `count` of them
   RelTerms pack(const SparseAttention& p, int64_t s, int64_t h, const int32_t* row, int64_t count, int64_t vectors,
                 const RelKeys& keys) const {
-    if (!p.rel_h.data) return {};
+    if (!p.rel_h.data || count == 0) return {};
     with_types(p.rel_storage, [&]<class R, class Dot>(Types<R, Dot>) {
       pack_rel_lanes(height, vectors, rows_of<R>(p.rel_h, s, h, row, count), p.rel_height);
       pack_rel_lanes(width, vectors, rows_of<R>(p.rel_w, s, h, row, count), p.rel_width);

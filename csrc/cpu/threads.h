@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -38,6 +39,27 @@ class Scratch {
   static constexpr int64_t kKept = 64 << 20;
   char* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// Memory of one call that is too large to keep. Its pages are faulted in on first touch, and small ones would be many thousands.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    constexpr int64_t kLargePage = 2 << 20;
+    const int64_t whole = (bytes + kLargePage - 1) / kLargePage * kLargePage;
+    data_ = bytes < kLargePage ? malloc(bytes) : aligned_alloc(kLargePage, whole);
+#if defined(MADV_HUGEPAGE)
+    // a wish: without it the pages are small
+    if (data_ && bytes >= kLargePage) madvise(data_, whole, MADV_HUGEPAGE);
+#endif
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { free(data_); }
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  void* data_;
 };
 
 inline Scratch& scratch_of_thread() {

@@ -204,9 +204,18 @@ TOKENOPS_INLINE void stream_fence() {
 #endif
 }
 
-// the first n of L elements; the rest read as zero and are not written. Goes through the stack: for ragged ends only.
+// the first n of L elements; the rest read as zero and are not written. Without masks through the stack: for ragged ends only.
 template <int L, class T>
 TOKENOPS_INLINE VecF<L> load_first(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  const __mmask16 first = (__mmask16)((1u << n) - 1);
+  if constexpr (L == 16 && sizeof(T) == 4) return (VecF<L>)_mm512_maskz_loadu_ps(first, p);
+  if constexpr (L == 16 && sizeof(T) == 2) {
+    T half[L];
+    store_bits(half, _mm256_maskz_loadu_epi16(first, p));
+    return load<L>(half);
+  }
+#endif
   T part[L];
   memset(part, 0, sizeof(part));
   memcpy(part, p, n * sizeof(T));

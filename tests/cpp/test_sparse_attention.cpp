@@ -93,6 +93,12 @@ Lists make_lists(bool packed, int64_t sequences, int64_t heads, int64_t rows, in
   return made;
 }
 
+int64_t divisor_of(int64_t n) {
+  int64_t divisor = pick(1, n);
+  while (n % divisor) --divisor;
+  return divisor;
+}
+
 struct Problem {
   Storage storage = pick_of({Storage::f32, Storage::bf16, Storage::f16});
   bool packed = chance(0.25), by_row = chance(0.4), want_squares = chance(0.5), small = chance(0.4);
@@ -108,6 +114,12 @@ struct Problem {
   Numbers bias{Storage::f32, grids() * kv_heads * m, NAN};
   Mask mask = chance(0.5) ? Mask::none : pick_of({Mask::boolean, Mask::f32, Mask::bf16, Mask::f16});
   std::vector<uint8_t> visible = std::vector<uint8_t>(grids() * heads * n * m);
+  // a cell for each key row, or for each slot of a packed sequence
+  Storage rel_storage = pick_of({Storage::f32, storage});
+  int64_t rel_height = packed ? pick(1, kv_slots + 1) : divisor_of(m);
+  int64_t rel_width = packed ? kv_slots / rel_height + 1 : m / rel_height;
+  Tensor rel_h = Tensor::make(rel_storage, packed, sequences, heads, n, rel_height, NAN);
+  Tensor rel_w = Tensor::make(rel_storage, packed, sequences, heads, n, rel_width, NAN);
   Numbers added{mask == Mask::bf16 ? Storage::bf16 : mask == Mask::f16 ? Storage::f16 : Storage::f32, grids() * heads * n * m, 0};
   SparseAttention p{};
 
@@ -136,6 +148,11 @@ struct Problem {
       visible[i] = !chance(0.3);
       added.set(static_cast<int64_t>(i), visible[i] ? normal() : -INFINITY);
     }
+    if (chance(0.4)) {
+      p.rel_storage = rel_storage, p.rel_height = rel_height, p.rel_width = rel_width;
+      p.rel_h = rel_h.grid, p.rel_w = rel_w.grid;
+      for_rows(heads, p.queries, [&](int64_t s, int64_t h, int32_t row) { rel_h.randomise(s, h, row), rel_w.randomise(s, h, row); });
+    }
     p.query = query.grid, p.key = key.grid, p.value = value.grid, p.out = out.grid;
   }
   Problem(const Problem&) = delete;
@@ -161,18 +178,24 @@ struct Problem {
       sum += query.numbers.get(query.place(s, h, row) + c) * key.numbers.get(key.place(s, h / group, column) + c);
     sum *= p.scale;
     if (p.bias) sum += bias.get(bias_place(s, h / group, column));
+    if (p.rel_h.data) {
+      sum += rel_h.numbers.get(rel_h.place(s, h, row) + keys.rank[j] / rel_width);
+      sum += rel_w.numbers.get(rel_w.place(s, h, row) + keys.rank[j] % rel_width);
+    }
     const int64_t at = s * p.mask_sequence + h * p.mask_head + row * p.mask_row + column;
     if (mask == Mask::boolean) return visible[at] ? sum : -INFINITY;
     return mask == Mask::none ? sum : sum + added.get(at);
   }
   std::string text() const {
     char line[400];
-    snprintf(line, sizeof(line),
-             "%s sequences=%d%s kv_heads=%d group=%d D=%d Dv=%d N=%d K=%d M=%d L=%d causal=%d bias=%d mask=%d by_row=%d row_sq=%d "
-             "past_caches=%d",
-             name_of(storage), static_cast<int>(sequences), packed ? " packed" : "", static_cast<int>(kv_heads), static_cast<int>(group),
-             static_cast<int>(width), static_cast<int>(value_width), static_cast<int>(n), static_cast<int>(slots), static_cast<int>(m),
-             static_cast<int>(kv_slots), p.causal, p.bias != nullptr, static_cast<int>(mask), by_row, want_squares, p.past_caches);
+    snprintf(
+        line, sizeof(line),
+        "%s sequences=%d%s kv_heads=%d group=%d D=%d Dv=%d N=%d K=%d M=%d L=%d causal=%d bias=%d mask=%d rel_pos=%dx%d by_row=%d row_sq=%d "
+        "past_caches=%d",
+        name_of(storage), static_cast<int>(sequences), packed ? " packed" : "", static_cast<int>(kv_heads), static_cast<int>(group),
+        static_cast<int>(width), static_cast<int>(value_width), static_cast<int>(n), static_cast<int>(slots), static_cast<int>(m),
+        static_cast<int>(kv_slots), p.causal, p.bias != nullptr, static_cast<int>(mask), static_cast<int>(p.rel_height),
+        static_cast<int>(p.rel_width), by_row, want_squares, p.past_caches);
     return line;
   }
 };
@@ -266,18 +289,26 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
   Tensor grad_query = problem.tensor(p.query_heads, problem.n, p.width, kMark);
   Tensor grad_key = problem.tensor(p.kv_heads, problem.m, p.width, kMark);
   Tensor grad_value = problem.tensor(p.kv_heads, problem.m, p.value_width, kMark);
+  Tensor grad_rel_h =
+      Tensor::make(problem.rel_storage, problem.packed, problem.sequences, p.query_heads, problem.n, problem.rel_height, kMark);
+  Tensor grad_rel_w =
+      Tensor::make(problem.rel_storage, problem.packed, problem.sequences, p.query_heads, problem.n, problem.rel_width, kMark);
   Numbers grad_bias(Storage::f32, problem.grids() * p.kv_heads * problem.m, kMark);
   p.grad_out = grad_out.grid;
   const bool want_query = chance(0.8), want_key = chance(0.8), want_value = chance(0.8), want_bias = chance(0.5);
+  const bool want_rel_h = p.rel_h.data && chance(0.8), want_rel_w = p.rel_w.data && chance(0.8);
   if (want_query) p.grad_query = grad_query.grid;
   if (want_key) p.grad_key = grad_key.grid;
   if (want_value) p.grad_value = grad_value.grid;
   if (want_bias) p.grad_bias = static_cast<float*>(grad_bias.data());
+  if (want_rel_h) p.grad_rel_h = grad_rel_h.grid;
+  if (want_rel_w) p.grad_rel_w = grad_rel_w.grid;
   p.grad_bias_sequence = p.bias_sequence, p.grad_bias_head = p.bias_head;
 
   constexpr int64_t kMostParts = 3;
   const bool split = chance(0.5);
-  p.part_head = problem.slots * p.width, p.part_sequence = problem.packed ? 0 : p.part_head * p.query_heads;
+  p.part_row = p.width + (p.wants_rel() ? p.rel_height + p.rel_width : 0);
+  p.part_head = problem.slots * p.part_row, p.part_sequence = problem.packed ? 0 : p.part_head * p.query_heads;
   p.part_stride = p.part_head * p.query_heads * problem.grids();
   Numbers shares(Storage::f32, kMostParts * p.part_stride, NAN);
   if (split) p.grad_query_parts = static_cast<float*>(shares.data());
@@ -288,14 +319,15 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
       const int64_t parts = static_cast<int64_t>(cuts.size()) - 1;
       for (int64_t part = 0; part < parts; ++part)
         loops.backward(p, s, kv, part, cuts[part], cuts[part + 1], Scratch(loops.backward_scratch(p, cuts[part + 1] - cuts[part])));
-      for (int64_t h = kv * group; h < (kv + 1) * group && split && want_query; ++h) loops.sum_query_parts(p, s, h, parts);
+      for (int64_t h = kv * group; h < (kv + 1) * group && split && (want_query || p.wants_rel()); ++h)
+        loops.sum_query_parts(p, s, h, parts);
     }
 
   // a lone key's logit has no gradient: what comes out is the rounding of two equal terms of order one, coarser than the rule's floor
   if (longest(problem.key_lists) == 1) return true;
 
   Comparison dq("grad_query", grad_query.numbers), dk("grad_key", grad_key.numbers), dv("grad_value", grad_value.numbers),
-      db("grad_bias", grad_bias);
+      db("grad_bias", grad_bias), drh("grad_rel_h", grad_rel_h.numbers), drw("grad_rel_w", grad_rel_w.numbers);
   for (int64_t s = 0; s < p.sequences; ++s)
     for (int64_t kv = 0; kv < p.kv_heads; ++kv) {
       const RowList& keys = p.keys.at(s, kv);
@@ -306,7 +338,8 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
         for (int64_t i = 0; i < queries.count; ++i) {
           const double* weights = wanted.weights.data() + i * keys.count;
           const int64_t at_grad = grad_out.place(s, h, queries.slot[i]), at_query = problem.query.place(s, h, queries.row[i]);
-          std::vector<double> slope(keys.count), for_query(p.width);
+          std::vector<double> slope(keys.count), for_query(p.width), for_rel_h(p.rel_height), for_rel_w(p.rel_width);
+          double squares = 0;
           // <grad_out, out> of the rounded out that the call is given, which is all a backward pass knows
           double mean = 0;
           for (int64_t c = 0; c < p.value_width; ++c)
@@ -321,15 +354,26 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
           for (int64_t j = 0; j < keys.count; ++j) {
             slope[j] = weights[j] * (slope[j] - mean);
             for_bias[j] += slope[j];
+            squares += slope[j] * slope[j];
+            if (p.rel_h.data) for_rel_h[keys.rank[j] / p.rel_width] += slope[j], for_rel_w[keys.rank[j] % p.rel_width] += slope[j];
             for (int64_t c = 0; c < p.width; ++c) {
               for_query[c] += p.scale * slope[j] * problem.key.numbers.get(problem.key.place(s, kv, keys.row[j]) + c);
               for_key[j * p.width + c] += p.scale * slope[j] * problem.query.numbers.get(at_query + c);
             }
           }
           for (int64_t c = 0; c < p.width && want_query; ++c) dq.expect(grad_query.place(s, h, queries.row[i]) + c, for_query[c]);
+          // over all keys the slopes of a query cancel
+          for (int64_t y = 0; y < p.rel_height && want_rel_h; ++y)
+            drh.expect(grad_rel_h.place(s, h, queries.row[i]) + y, for_rel_h[y], sqrt(squares));
+          for (int64_t x = 0; x < p.rel_width && want_rel_w; ++x)
+            drw.expect(grad_rel_w.place(s, h, queries.row[i]) + x, for_rel_w[x], sqrt(squares));
         }
         for (int64_t i = 0; i < queries.rests && want_query; ++i)
           for (int64_t c = 0; c < p.width; ++c) dq.expect(grad_query.place(s, h, queries.rest[i]) + c, 0);
+        for (int64_t i = 0; i < queries.rests && want_rel_h; ++i)
+          for (int64_t y = 0; y < p.rel_height; ++y) drh.expect(grad_rel_h.place(s, h, queries.rest[i]) + y, 0);
+        for (int64_t i = 0; i < queries.rests && want_rel_w; ++i)
+          for (int64_t x = 0; x < p.rel_width; ++x) drw.expect(grad_rel_w.place(s, h, queries.rest[i]) + x, 0);
       }
       for (int64_t j = 0; j < keys.count + keys.rests; ++j) {
         const bool listed = j < keys.count;
@@ -340,7 +384,8 @@ bool backward_is_right(Problem& problem, const SparseAttentionLoops& loops) {
           dv.expect(grad_value.place(s, kv, row) + c, listed ? for_value[j * p.value_width + c] : 0);
       }
     }
-  return dq.holds(problem.storage) & dk.holds(problem.storage) & dv.holds(problem.storage) & db.holds(problem.storage);
+  return dq.holds(problem.storage) & dk.holds(problem.storage) & dv.holds(problem.storage) & db.holds(problem.storage) &
+         drh.holds(problem.storage) & drw.holds(problem.storage);
 }
 
 bool test(const char* isa, const SparseAttentionLoops& loops) {

@@ -10,3 +10,5 @@ from tokenops.ops.delta_matmul.linear import gathered_linear as gathered_linear
 from tokenops.ops.delta_matmul.linear import gathered_mlp as gathered_mlp
 from tokenops.ops.delta_matmul.update import update_tokens as update_tokens
 from tokenops.ops.delta_matmul.update import update_tokens_ as update_tokens_
+from tokenops.ops.delta_matmul.window import delta_window_attention as delta_window_attention
+from tokenops.ops.delta_matmul.window import delta_window_attention_ as delta_window_attention_

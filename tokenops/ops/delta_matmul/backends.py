@@ -88,7 +88,7 @@ class NativeCPU(NamedTuple):
     def linear_backward(self, problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
         """The matrix products are torch's, on the listed rows; only the gradient of x is spread over its grid here."""
         reference.check_index(problem.index, problem.x.shape[1])
-        results = reference.listed_gradients(problem, grad_out)
+        results = reference.listed_gradients(problem, grad_out, [grad is not None for grad in grads])
         if grads.x is not None:
             torch.ops.tokenops.delta_matmul_cpu_update.default(grads.x, None, results.x, problem.index, self._isa())
         for wanted, result in zip(grads[1:], results[1:], strict=True):

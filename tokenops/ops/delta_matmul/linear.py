@@ -60,8 +60,9 @@ def gathered_linear(
         norm_eps: its epsilon.
         backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
 
-    Differentiable once in x, weight, bias and norm; the backward pass computes the layer anew. Under autocast x, weight and bias are cast.
-    The reference leaves its matrix products to torch.
+    Differentiable once in x, weight, bias and norm; the backward pass computes the layer anew and, on the CPU, leaves its matrix products
+    to torch. Under autocast x, weight and bias are cast. Where the processor multiplies bfloat16 itself, normalised and hidden rows are
+    rounded to it between the steps.
 
     Raises:
         ValueError: sizes, ranks or devices disagree, the activation is unknown, out shares memory with an input; an id is out of range or

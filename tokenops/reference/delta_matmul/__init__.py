@@ -89,7 +89,8 @@ def linear_into(problem: LinearProblem, out: Tensor) -> None:
 
 
 def linear_backward(problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
-    for wanted, result in zip(grads, projected_gradients(problem, grad_out), strict=True):
+    results = projected_gradients(problem, grad_out, [grad is not None for grad in grads])
+    for wanted, result in zip(grads, results, strict=True):
         if wanted is not None and result is not None:
             wanted.copy_(result)
 

@@ -15,6 +15,9 @@ from tokenops.triton.delta_matmul.attention import attention as attention
 from tokenops.triton.delta_matmul.attention import attention_objections
 from tokenops.triton.delta_matmul.gate import gate as gate
 from tokenops.triton.delta_matmul.gate import gate_backward as gate_backward
+from tokenops.triton.delta_matmul.linear import linear as linear
+from tokenops.triton.delta_matmul.linear import linear_backward as linear_backward
+from tokenops.triton.delta_matmul.linear import linear_into as linear_into
 from tokenops.triton.delta_matmul.rows import update as update
 from tokenops.triton.delta_matmul.rows import update_backward as update_backward
 from tokenops.triton.launch import device_objections

@@ -290,7 +290,8 @@ def exact(
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_Q], tl.float32)
     o = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-    slots = tl.where(tl.max(afresh.to(tl.int32), 0) > 0, M, 0)
+    # over a tile and not over its rows: the compiler for sm_100 cannot reduce what was reduced from an accumulator
+    slots = tl.where(tl.max(tl.broadcast_to(afresh[:, None], o.shape).to(tl.int32)) > 0, M, 0)
     m, s, o = _add_keys(
         m, s, o, q, rows, filled, key, value, key_stride, value_stride, None, slots, M,
         rel_h, rel_w, rel_strides, gh, gw, scale, D, DV, WIDE, PRECISION, False, BLOCK_K, BLOCK_D, BLOCK_DV,

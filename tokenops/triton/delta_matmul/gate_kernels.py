@@ -1,7 +1,7 @@
 """The Triton kernels of the gate: how much each token changed, and sending on the tokens that were chosen.
 
-A frame is read twice at most: once to measure, and the chosen rows of it once more. In between, token_select's kernel chooses. Letters, slots
-and rows are row_kernels.py's; programs that need no list take the rows of all samples in one sequence.
+A frame is read once to measure, then token_select's kernel chooses, then the chosen rows are read once more. Letters, slots and rows are
+row_kernels.py's; programs that need no list take the rows of all samples in one sequence.
 """
 
 from __future__ import annotations

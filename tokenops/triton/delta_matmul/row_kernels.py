@@ -96,10 +96,10 @@ def put_rows(
 
 @triton.jit(do_not_specialize=["N", "K", "total"])
 def take_rows(
-    grid,  # [B, N, C]
+    source,  # [B, N, C]
     index,  # [1|B, K] int32
     rows,  # [B, K, C]: 0 in empty slots
-    grid_strides,
+    source_strides,
     index_stride,
     rows_strides,
     N,
@@ -115,7 +115,7 @@ def take_rows(
     slots = (tl.program_id(0) // PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
     b, k, ids, filled = _listed(index, slots, total, index_stride, N, K)
     inside = (columns < C)[None, :]
-    tile = tl.load(_places(grid, b, ids, grid_strides, columns), mask=filled[:, None] & inside, other=0.0)
+    tile = tl.load(_places(source, b, ids, source_strides, columns), mask=filled[:, None] & inside, other=0.0)
     tl.store(_places(rows, b, k, rows_strides, columns), tile, mask=(slots < total)[:, None] & inside)
 
 

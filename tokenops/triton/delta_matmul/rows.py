@@ -45,7 +45,7 @@ def update_backward(grad_out: Tensor, index: Tensor, grad_buffer: Tensor | None,
     if grad_rows is not None:
         slots = slots_of(index, grad_out)
         programs, blocks = by_parts(slots["total"], grad_out.shape[2])
-        given = {"grid": grad_out, "rows": grad_rows, "grid_strides": strides(grad_out), "rows_strides": strides(grad_rows)}
+        given = {"source": grad_out, "rows": grad_rows, "source_strides": strides(grad_out), "rows_strides": strides(grad_rows)}
         launch(kernels.take_rows, programs, grad_out, **given, **slots, **blocks)
 
 

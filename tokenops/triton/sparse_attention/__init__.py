@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.triton.launch import device_objections, dot_precision, grid_strides, interpreting, launch, shared_memory, strides_of
+from tokenops.triton.launch import (
+    device_objections,
+    dot_precision,
+    grid_strides,
+    interpreting,
+    launch,
+    registers,
+    shared_memory,
+    strides_of,
+)
 from tokenops.triton.sparse_attention.tiles import LARGEST, Tiles, choose_tiles, pad, pad_heads, row_tiles
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -167,6 +176,8 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
         listed_strides=_list_strides(listed),
         blocks=blocks,
         chunks=chunks,
+        # left to itself, the assembler of sm_100 spills a register where that lets one more program run beside the others
+        **registers(255),
     )
     if parts is not None and grad_h is not None and chunks != 1:
         grad_h.copy_(parts.sum(0))
@@ -174,10 +185,26 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
 
 def _listed_keys(index: Tensor, rows: int) -> Tensor:
     """[1|B, 1|Hkv, M] bytes: 1 where some slot of [1|B, 1|Hkv, L] names the row."""
-    # one more place, for empty slots
-    marks = torch.zeros((*index.shape[:2], rows + 1), dtype=torch.uint8, device=index.device)
-    at = index.long().masked_fill((index < 0) | (index >= rows), rows)
-    return marks.scatter_(2, at, 1)[:, :, :rows]
+    from tokenops.triton.sparse_attention import kernels
+
+    samples, heads, slots = index.shape
+    marks = torch.zeros((samples, heads, rows), dtype=torch.uint8, device=index.device)
+    blocks = -(-slots // 1024)
+    launch(
+        kernels.mark_rows,
+        samples * heads * blocks,
+        index,
+        index=index,
+        marks=marks,
+        index_strides=_list_strides(index),
+        M=rows,
+        L=slots,
+        H=heads,
+        blocks=blocks,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return marks
 
 
 def _inputs(problem: AttentionProblem, *others: Tensor | None) -> tuple[dict[str, Any], list[tuple[int, ...]]]:

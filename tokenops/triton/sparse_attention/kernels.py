@@ -515,6 +515,24 @@ def backward_query(
     _store_rows(grad_query, rows, filled, grad_query_strides[2] * UNIT, dq * (scale * LN2), D, BLOCK_D)
 
 
+@triton.jit(do_not_specialize=["M", "L", "blocks"])
+def mark_rows(
+    index,  # [1|B, 1|H, L] int32
+    marks,  # [1|B, 1|H, M] bytes, all 0
+    index_strides,
+    M,
+    L,
+    H,
+    blocks,  # blocks of slots a list
+    BLOCK: tl.constexpr,
+):
+    """1 where some slot names a row. A row is named once, so every mark has one writer."""
+    list_number = (tl.program_id(0) // blocks).to(tl.int64)
+    index += list_number // H * index_strides[0] + list_number % H * index_strides[1]
+    rows, filled = _named(_ids(index, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), L), M)
+    tl.store(marks + list_number * M + rows, filled.to(tl.uint8), mask=filled)
+
+
 @triton.jit(do_not_specialize=["N", "M", "K", "gh", "gw", "blocks", "chunks", "sequences"])
 def backward_rel_pos(
     query,

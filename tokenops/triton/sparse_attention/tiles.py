@@ -8,6 +8,7 @@ less shared memory. No entry was chosen by time: that takes a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -89,9 +90,10 @@ def choose_tiles(
     biased: bool,
     gathered: int,  # bytes that attn_mask and rel_pos have for an element of a tile; 0: neither is given
     limit: int | None,  # bytes of shared memory one program may use
+    table: Mapping[tuple[str, int], dict[int, Rows]] = TABLE,
 ) -> Tiles:
     """The table's tiles, cut to the problem and to the device."""
-    rows = TABLE[kernel, itemsize][max(64, *pad_heads(head, value_head))]
+    rows = table[kernel, itemsize][max(64, *pad_heads(head, value_head))]
     tiles = _cut(kernel, rows.masked if gathered else rows.biased if biased else rows.plain, queries, keys)
     while limit is not None and shared_bytes(kernel, tiles, head, value_head, itemsize, gathered) > limit:
         smaller = _step_down(kernel, tiles)
