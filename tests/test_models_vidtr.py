@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import vidtr_oracle as oracle
+from oracle import assert_close
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,26 +149,25 @@ def test_separate_projections_are_two_attentions() -> None:
     assert_near(got, want.transpose(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("form", ["full", "compact"])
-def test_gradients_are_the_definition_s(form: str) -> None:
+def test_gradients_are_the_definition_s(form: str, dtype: torch.dtype) -> None:
     clip = noise(2, 3, 4, 32, 32)
     state = {name: x.requires_grad_() for name, x in oracle.random_state("full" if form == "full" else "single", 4, 4, 3).items()}
     if form == "full":
-        model = VidTr.from_official(state, num_heads=HEADS)
+        read, options = VidTr.from_official, {"num_heads": HEADS}
         want, _ = oracle.full(state, clip, HEADS)
     else:
-        model = compact(state, drop=(1, 1))
+        read, options = compact, {"drop": (1, 1)}
         want, _ = oracle.single(state, clip, HEADS, 2, {1: oracle.Pool(1), 2: oracle.Pool(1)}, False)
+    model = read(state, **options).to(dtype)
     weight = noise(2, 7, seed=6)
-    (model(clip) * weight).sum().backward()
+    (model(clip.to(dtype)) * weight).sum().backward()
     (want * weight).sum().backward()
-    grads = VidTr.from_official if form == "full" else compact
-    own = dict(model.named_parameters())
-    assert all(parameter.grad is not None for parameter in own.values())
     # the gradients, read as a state, come under our names
-    options = {"num_heads": HEADS} if form == "full" else {"drop": (1, 1)}
-    for name, grad in grads({key: x.grad for key, x in state.items()}, **options).named_parameters():
-        assert_near(own[name].grad, grad.detach())
+    grads = dict(read({name: x.grad for name, x in state.items()}, **options).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_close(name, parameter.grad, grads[name], dtype)
 
 
 def test_a_batch_is_its_clips() -> None:
@@ -344,6 +344,8 @@ def test_wrong_configs_and_clips_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of the 5 frames"):
         VidTr(VidTrConfig(5, 24, 1, 24, 3, HEADS, 48, 7))
     model = compact(oracle.random_state("single", 6, 4, 4))
+    with pytest.raises(ValueError, match=r"clip must be \[B, 3, T, H, W\], got"):
+        model(noise(3, 6, 32, 32))
     with pytest.raises(ValueError, match=r"clip must be .* of 24 patches"):
         model(noise(1, 3, 6, 32, 48))
     with pytest.raises(ValueError, match="frames must be given"):

@@ -13,6 +13,7 @@ Letters: B batch, T frames, R rows of the grid, N columns, K rows kept, C channe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -286,7 +287,7 @@ class _Encoder(nn.Module):
     def position_everywhere(self, frames: int) -> bool:
         return False
 
-    def forward(self, clip: Tensor, return_indices: bool = False) -> Any:
+    def forward(self, clip: Tensor, return_indices: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         """
         Args:
             clip: [B, 3, T, H, W], normalised (see ``preprocess``). The position table fixes T H W.
@@ -299,16 +300,18 @@ class _Encoder(nn.Module):
             ValueError: the clip's shape is not what the position table was made for.
         """
         config, patch = self.config, self.config.patch
-        shape = tuple(clip.shape)
-        fits = len(shape) == 5 and shape[1] == 3 and shape[3] % patch == 0 == shape[4] % patch
-        if not fits or shape[2] != (config.frames or shape[2]) or shape[2] * (shape[3] // patch) * (shape[4] // patch) != config.cells:
-            frames = "T" if config.frames is None else config.frames
-            raise ValueError(f"clip must be [B, 3, {frames}, H, W] of {config.cells} patches of {patch} x {patch}, got {list(shape)}")
+        if clip.dim() != 5 or clip.shape[1] != 3:
+            raise ValueError(f"clip must be [B, 3, T, H, W], got {list(clip.shape)}")
+        frames, height, width = clip.shape[2:]
+        cells = frames * (height // patch) * (width // patch)
+        if height % patch or width % patch or cells != config.cells or frames != (config.frames or frames):
+            wanted = "T" if config.frames is None else config.frames
+            raise ValueError(f"clip must be [B, 3, {wanted}, H, W] of {config.cells} patches of {patch} x {patch}, got {list(clip.shape)}")
         x = self._tokens(self.patch_embed(clip).flatten(3).permute(0, 2, 3, 1))
-        rows = shape[2] + int(self.class_grid)
+        rows = frames + int(self.class_grid)
         indices = []
         for i, block in enumerate(self.blocks):
-            x, kept = block(x, rows, self.pos_embed if i == 0 or self.position_everywhere(shape[2]) else None)
+            x, kept = block(x, rows, self.pos_embed if i == 0 or self.position_everywhere(frames) else None)
             if kept is not None:
                 rows = kept.shape[2]
                 indices.append(kept.unflatten(1, (-1, config.num_heads)))
@@ -441,7 +444,7 @@ def _read(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     dim = size("norm.weight", 0, published.dim)
     frames = size("cls_spatial", 0, 8) if "cls_token" not in state else None
     cells = size("pos_embed", 1, published.cells + 1) - 1 if frames is None else frames * (size("cls_temporal", 1, 197) - 1)
-    layers = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    layers = [int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", key) for key in state) if found]
     sizes = {
         "frames": frames,
         "cells": cells,
