@@ -3,13 +3,11 @@
 from tokenops.models.conversion import Eventful, eventful
 from tokenops.models.eventful import BackboneConfig, EventfulBackbone, EventfulState
 from tokenops.models.haltingvt import HaltingConfig, HaltingVT
-from tokenops.models.vidtr import PRESETS as VIDTR_PRESETS
 from tokenops.models.vidtr import CompactVidTr, TopKStd, VidTr, VidTrConfig
 from tokenops.models.vitdet import VITDET_B_672, VITDET_B_1024, ViTDetBackbone, ViTDetConfig
 from tokenops.models.vivit import VIVIT_B_EPIC100, VIVIT_B_K400, ViViT, ViViTConfig
 
 __all__ = [
-    "VIDTR_PRESETS",
     "VITDET_B_672",
     "VITDET_B_1024",
     "VIVIT_B_EPIC100",

@@ -91,7 +91,8 @@ class JointAttention(Attention):
     def split(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:  # [B, N, C]
+    # values may come from elsewhere, and whoever calls has normalised them
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:  # type: ignore[override]  # [B, N, C]
         parts = self.project(x, x if source is None else source)
         return self.proj(attend(*map(self.split, parts), dropout_p=self.dropout if self.training else 0.0))
 
