@@ -203,6 +203,7 @@ class EventfulBackbone(nn.Module):
             return {}
         if state is None:
             raise ValueError("indices must not be given without a state: in a first frame every token is new")
+        indices = {name.removeprefix("backbone."): index for name, index in indices.items()}
         names = {at: [f"blocks.{at}.{gate}" for gate in GATES] for at, block in enumerate(self.blocks) if block.kind != "Block"}
         wanted = {name for gates in names.values() for name in gates}
         if wanted != set(indices):
