@@ -129,7 +129,8 @@ class EventfulBlock(Block):
         qkv_list, projection_list, mlp_list = forced or (None,) * 3
         # gates compare normalised tokens, unless they stand before the norms, which then are part of the layers
         norms = [{"norm": (norm.weight, norm.bias), "norm_eps": norm.eps} for norm in (self.norm1, self.norm2)]
-        early, late = ([{}, {}], norms) if self.config.gate_before_ln else (norms, [{}, {}])
+        none: list[dict[str, Any]] = [{}, {}]
+        early, late = (none, norms) if self.config.gate_before_ln else (norms, none)
 
         g1 = self._gate(x, old.qkv_reference, qkv_list, **early[0])
         qkv = self._qkv(g1, old.qkv, **late[0])
