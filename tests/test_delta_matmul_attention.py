@@ -500,8 +500,8 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "pool alone": ((X, X, X), {"pool": (1, 2)}, ValueError, "pool and grid go together"),
     "grid": ((X, X, X), {"pool": (1, 2), "grid": (2, 2)}, ValueError, r"grid must hold query's N = 6 tokens, got \(2, 2\)"),
     "pool": ((X, X, X), {"pool": (2, 2), "grid": (2, 3)}, ValueError, r"pool must divide grid \(2, 3\), got \(2, 2\)"),
-    "rel_pos": ((X, X, X), {"rel_pos": (X[..., :2], X)}, ValueError, "rel_pos must be for a grid of 6 key cells, got 2 x 4"),
-    "rel_h": ((X, X, X), {"rel_pos": (X[:1], X)}, ValueError, r"rel_pos: rel_h must be \[B, H, N, cells\]"),
+    "rel_pos": ((X, X, X), {"rel_pos": (X[..., :2], X)}, ValueError, "rel_pos must be for a gh x gw grid of 6 key cells, got 2 x 4"),
+    "rel_h": ((X, X, X), {"rel_pos": (X[:, :2], X)}, ValueError, r"rel_pos: rel_h must be \[2, 3, 6, gh\]"),
 }
 
 

@@ -1,7 +1,9 @@
-"""The video transformers on these operators."""
+"""Video transformers on the operators of this package, with their published weights."""
 
 from tokenops.models.conversion import Eventful, eventful
 from tokenops.models.eventful import BackboneConfig, EventfulBackbone, EventfulState
+from tokenops.models.haltingvt import HaltingConfig, HaltingVT
+from tokenops.models.vidtr import CompactVidTr, TopKStd, VidTr, VidTrConfig
 from tokenops.models.vitdet import VITDET_B_672, VITDET_B_1024, ViTDetBackbone, ViTDetConfig
 from tokenops.models.vivit import VIVIT_B_EPIC100, VIVIT_B_K400, ViViT, ViViTConfig
 
@@ -11,12 +13,18 @@ __all__ = [
     "VIVIT_B_EPIC100",
     "VIVIT_B_K400",
     "BackboneConfig",
+    "CompactVidTr",
     "Eventful",
     "EventfulBackbone",
     "EventfulState",
+    "HaltingConfig",
+    "HaltingVT",
+    "TopKStd",
     "ViTDetBackbone",
     "ViTDetConfig",
     "ViViT",
     "ViViTConfig",
+    "VidTr",
+    "VidTrConfig",
     "eventful",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenops.dispatch import choose
 from tokenops.ops.arguments import (
     as_lists,
+    as_rel_pos,
     check_device,
     check_in_place,
     check_overlap,
@@ -58,7 +59,7 @@ def delta_attention(
     rel_pos: tuple[Tensor, Tensor] | None = None,
     pool: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
-    guard: float = 1e-2,
+    guard: float = 0.1,
     refresh: int = 128,
     crossover: float = 0.5,
     cast: torch.dtype | None = None,
@@ -81,7 +82,8 @@ def delta_attention(
             the logit of cell m of the grid of keys, gh x gw. Rows of tokens that did not change must be as they were.
         pool: (ph, pw): keys and values are averages over cells of so many tokens of ``grid``. A changed token changes its cell.
         grid: (h, w) of the tokens in rows, N = h w. Given if and only if pool is.
-        guard: exact: a row is computed afresh when its denominator falls under so much of the largest it has had since the last time.
+        guard: exact: a row is computed afresh when its denominator falls under so much of the largest it has had since the last time:
+            what cancellation may cost is the rounding of that largest one, divided by the guard.
         refresh: exact: each row is computed afresh at least every so many frames; 0: never for that reason.
         crossover: exact: a sample of which more than this part of the cells changed is computed afresh.
         cast: paper: the dtype in which attention matrix and values are stored and multiplied. Default: that of value.
@@ -127,7 +129,7 @@ def delta_attention_(
     rel_pos: tuple[Tensor, Tensor] | None = None,
     pool: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
-    guard: float = 1e-2,
+    guard: float = 0.1,
     refresh: int = 128,
     crossover: float = 0.5,
     backend: str | None = None,
@@ -195,7 +197,7 @@ def _arguments(
     if pool is not None and grid is not None:
         key, value = (reference.pooled(x, grid, pool) for x in (key, value))
         cells = None if rows is None else reference.pooled_index(rows, grid, pool)
-    rel_h, rel_w = _as_rel_pos(rel_pos, query, key.shape[2])
+    rel_h, rel_w = as_rel_pos(rel_pos, (batch,), query, key.shape[2])
     parts: tuple[Tensor | None, ...] = (None,) * len(DeltaState._fields)
     if index is not None:
         parts = _checked_state(state, query, key, value, mode, cast)
@@ -245,25 +247,6 @@ def _check_pooling(pool: tuple[int, int] | None, grid: tuple[int, int] | None, t
         raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
     if grid[0] % pool[0] or grid[1] % pool[1]:
         raise ValueError(f"pool must divide grid {tuple(grid)}, got {tuple(pool)}")
-
-
-def _as_rel_pos(rel_pos: tuple[Tensor, Tensor] | None, query: Tensor, cells: int) -> tuple[Tensor | None, Tensor | None]:
-    if rel_pos is None:
-        return None, None
-    if not isinstance(rel_pos, tuple) or len(rel_pos) != 2:
-        raise TypeError(f"rel_pos must be (rel_h, rel_w), got {type(rel_pos).__name__}")
-    for name, part in zip(("rel_h", "rel_w"), rel_pos, strict=True):
-        check_tensor(f"rel_pos: {name}", part)
-        allowed = {query.dtype} if query.dtype == torch.float64 else {query.dtype, torch.float32}
-        if part.dtype not in allowed:
-            raise TypeError(f"rel_pos: {name} must be {' or '.join(sorted(map(str, allowed)))}, got {part.dtype}")
-        if part.dim() != 4 or part.shape[:3] != query.shape[:3]:
-            raise ValueError(f"rel_pos: {name} must be [B, H, N, cells] = {[*query.shape[:3], '*']}, got {list(part.shape)}")
-        check_device(f"rel_pos: {name}", part, "query", query)
-    rel_h, rel_w = rel_pos
-    if rel_h.shape[3] * rel_w.shape[3] != cells:
-        raise ValueError(f"rel_pos must be for a grid of {cells} key cells, got {rel_h.shape[3]} x {rel_w.shape[3]}")
-    return dense(rel_h), dense(rel_w)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor, paper: bool, cast: torch.dtype | None) -> dict[str, tuple[Any, torch.dtype]]:
