@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenops.models.blocks import Block, attend, merge_heads
+from tokenops.models.blocks import Block, attend, fused_linear, fused_mlp, merge_heads
 from tokenops.ops.delta_matmul import (
     delta_attention,
     delta_attention_,
@@ -122,9 +122,10 @@ class EventfulBlock(Block):
             # the tables of the state would be constants
             tables = self.tables() if state is None or torch.is_grad_enabled() else state.tables
         if self.kind == "Block":
-            attended, _ = self._attend(self._filled(self.attn.qkv(self.norm1(x))), None, None, tables)
-            x = x + self.drop_path(self.attn.proj(attended))
-            return x + self.drop_path(self.mlp(self.norm2(x))), None
+            qkv = fused_linear(x, self.attn.qkv.weight, self.attn.qkv.bias, self.norm1)
+            attended, _ = self._attend(self._filled(qkv), None, None, tables)
+            x = x + self.drop_path(fused_linear(attended, self.attn.proj.weight, self.attn.proj.bias))
+            return x + self.drop_path(fused_mlp(x, self.mlp, self.norm2)), None
         old: Any = state or BlockState(*[None] * len(BlockState._fields))  # type: ignore[arg-type]  # a first frame has no buffers
         qkv_list, projection_list, mlp_list = forced or (None,) * 3
         # gates compare normalised tokens, unless they stand before the norms, which then are part of the layers
