@@ -1,41 +1,14 @@
-"""Parity with the published implementation of Eventful Transformers: its outputs and choices over six frames, kept in data/eventful.pt.
-
-Each case is a stack of four blocks. Its weights were drawn from a seeded generator, and are drawn again here; a digest of each is kept, so
-that a generator that changed is not taken for a difference of ours.
-"""
+"""Parity of this room's public functions with the published implementation of Eventful Transformers, on every backend."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from eventful_block import BlockState, Options, Weights, run_block
-from torch import Tensor
-
-GOLDEN: dict[str, Any] = torch.load(Path(__file__).parent / "data" / "eventful.pt")
-CASES = [name for name, case in GOLDEN.items() if isinstance(case, dict)]
-# the published model and ours sum in other orders; how far apart they may be after four blocks and six frames
-TOLERANCE = 1e-4
-
-
-def drawn(case: dict[str, Any]) -> Weights:
-    """In the order of the published state, each times its scale."""
-    generator = torch.Generator().manual_seed(case["seed"])
-    weights = {}
-    for name, shape in case["shapes"].items():
-        x = torch.randn(shape, generator=generator)
-        if name.endswith("norm.weight"):
-            x = 1.0 + 0.1 * x
-        elif name.endswith("weight"):
-            x = x * ((1.4 if ".qkv." in name else 1.0) / math.sqrt(shape[1]))
-        else:
-            x = x * (0.05 if name.endswith("bias") else 0.2 if "relative" in name else 0.3)
-        weights[name] = x
-    return weights
+from eventful_golden import CASES, GOLDEN, TOLERANCE, chosen, drawn
 
 
 def of_block(weights: Weights, at: int) -> Weights:
@@ -74,7 +47,3 @@ def test_the_same_tokens_and_the_same_outputs(name: str, backend: str, device: s
             x = F.layer_norm(x[:, 0], x.shape[-1:], weights["layer_norm.weight"], weights["layer_norm.bias"], 1e-6)
         error = (x[0].cpu() - case["outputs"][frame]).abs().max().item()
         assert error <= TOLERANCE, (frame, error)
-
-
-def chosen(index: Tensor) -> set[int]:
-    return set(index.flatten().tolist()) - {-1}

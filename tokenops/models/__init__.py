@@ -1,0 +1,22 @@
+"""The video transformers on these operators."""
+
+from tokenops.models.conversion import Eventful, eventful
+from tokenops.models.eventful import BackboneConfig, EventfulBackbone, EventfulState
+from tokenops.models.vitdet import VITDET_B_672, VITDET_B_1024, ViTDetBackbone, ViTDetConfig
+from tokenops.models.vivit import VIVIT_B_EPIC100, VIVIT_B_K400, ViViT, ViViTConfig
+
+__all__ = [
+    "VITDET_B_672",
+    "VITDET_B_1024",
+    "VIVIT_B_EPIC100",
+    "VIVIT_B_K400",
+    "BackboneConfig",
+    "Eventful",
+    "EventfulBackbone",
+    "EventfulState",
+    "ViTDetBackbone",
+    "ViTDetConfig",
+    "ViViT",
+    "ViViTConfig",
+    "eventful",
+]
