@@ -2,10 +2,13 @@
 
 from tokenops.models.conversion import Eventful, eventful
 from tokenops.models.eventful import BackboneConfig, EventfulBackbone, EventfulState
+from tokenops.models.sttm import STTM, STTMAttachment, attach_sttm
+from tokenops.models.tome import ToMe, attach_tome
 from tokenops.models.vitdet import VITDET_B_672, VITDET_B_1024, ViTDetBackbone, ViTDetConfig
 from tokenops.models.vivit import VIVIT_B_EPIC100, VIVIT_B_K400, ViViT, ViViTConfig
 
 __all__ = [
+    "STTM",
     "VITDET_B_672",
     "VITDET_B_1024",
     "VIVIT_B_EPIC100",
@@ -14,9 +17,13 @@ __all__ = [
     "Eventful",
     "EventfulBackbone",
     "EventfulState",
+    "STTMAttachment",
+    "ToMe",
     "ViTDetBackbone",
     "ViTDetConfig",
     "ViViT",
     "ViViTConfig",
+    "attach_sttm",
+    "attach_tome",
     "eventful",
 ]
