@@ -106,7 +106,8 @@ _OPTIONAL = {
     "key_norm": ("attn.k_norm",),
     "attention_dropout": ("attn.attn_drop", "attention.attention.dropout"),
     "dropout1": ("attn.proj_drop", "attention.output.dropout"),
-    "dropout2": ("output.dropout",),
+    "hidden_dropout": ("mlp.drop1",),
+    "dropout2": ("mlp.drop2", "output.dropout"),
     "scale1": ("ls1",),
     "scale2": ("ls2",),
     "path1": ("drop_path1", "drop_path"),
@@ -125,8 +126,6 @@ class OpenBlock:
         self.get: dict[str, Any] = {name: part(block, path) for name, path in kind._asdict().items()}
         for name, paths in _OPTIONAL.items():
             self.get[name] = next((part(block, path) for path in paths if _has(block, path)), nn.Identity())
-        # as a whole where it is one: it may hold dropout
-        self.get["mlp"] = getattr(block, "mlp", None)
         self._try()
 
     def attention(self, x: Tensor, kv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, N, C], [B, N] float32
@@ -151,12 +150,8 @@ class OpenBlock:
 
     def mlp(self, x: Tensor) -> Tensor:  # [B, N, C]
         get = self.get
-        hidden = get["norm2"](x)
-        if get["mlp"] is not None:
-            hidden = get["mlp"](hidden)
-        else:
-            hidden = get["fc2"](get["activation"](get["fc1"](hidden)))
-        return x + get["path2"](get["scale2"](get["dropout2"](hidden)))
+        hidden = get["hidden_dropout"](get["activation"](get["fc1"](get["norm2"](x))))
+        return x + get["path2"](get["scale2"](get["dropout2"](get["fc2"](hidden))))
 
     @torch.no_grad()
     def _try(self) -> None:

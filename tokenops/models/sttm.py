@@ -164,9 +164,9 @@ class STTM(nn.Module):
         # [B, G, frames of a window, M] from here
         y, centre, mass, likeness = (part.unflatten(1, windows) for part in (y, centre, mass, likeness))
         present = mass > 0.0
-        # the largest that counts is taken off: the exponential stays finite at any temperature, and one of the weights is 1
+        # the largest that counts is taken off, so that one of the weights is its mass at any temperature; those of no mass stay finite
         largest = likeness.detach().masked_fill(~present, -torch.inf).amax(2, keepdim=True)
-        weight = mass * (likeness - largest).masked_fill(~present, 0.0).exp()
+        weight = mass * (likeness - largest.masked_fill(largest.isinf(), 0.0)).clamp(max=60.0).exp()
         fused = (_share(weight, 2).to(y.dtype)[..., None] * y).sum(2)
 
         place = (_share(mass, 2)[..., None] * centre).sum(2)
