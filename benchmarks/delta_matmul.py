@@ -145,7 +145,7 @@ def _linear_problem(x: Tensor, index: Tensor, weight: Tensor, second: Tensor | N
 
 
 def _attention_problem(grids: Sequence[Tensor], index: Tensor | None = None) -> DeltaAttentionProblem:
-    return DeltaAttentionProblem(*grids, index, index, None, None, grids[0].shape[-1] ** -0.5, 1e-2, 128, 0.5)
+    return DeltaAttentionProblem(*grids, index, index, None, None, grids[0].shape[-1] ** -0.5, 0.1, 128, 0.5)
 
 
 # attention

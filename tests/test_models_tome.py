@@ -81,8 +81,8 @@ def vit_by_hand(model: ViT, x: Tensor, numbers: list[int], class_token: bool, di
 @torch.no_grad()
 @pytest.mark.parametrize("golden", GOLDEN["attention"], ids=lambda golden: f"{golden['heads']} heads")
 def test_the_published_attention(golden: dict[str, Any]) -> None:
-    block = Block(golden["x"].shape[-1], golden["heads"])
-    block.norm1 = nn.Identity()
+    block = TimmBlock(golden["x"].shape[-1], golden["heads"])
+    block.norm1 = nn.Identity()  # type: ignore[assignment]
     block.attn.load_state_dict(golden["state"])
     out, key = OpenBlock(block).attention(golden["x"])
     assert_close("out", out - golden["x"], golden["out"], torch.float32)

@@ -58,7 +58,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     # one row in registers, the longest of them, longer ones; rows that no wide load fits
     *(Gate(width, dtype) for dtype in _DTYPES for width in (8, 99, 768, 4096, 5000)),
-    *(Gate(order=order, skip=skip, norm=skip) for order in (0.0, 1.0, 3.0, math.inf) for skip in (False, True)),
+    *(Gate(order=order, skip=False) for order in (0.0, 1.0, 3.0, math.inf)),
     *(Gate(dtype=dtype, first=True, skip=skip, norm=skip) for dtype in _DTYPES for skip in (False, True)),
     *(Gate(dtype=dtype, in_place=True, whole=whole) for dtype in _DTYPES for whole in (False, True)),
     *(Gate(forced=True, in_place=in_place, skip=False) for in_place in (False, True)),

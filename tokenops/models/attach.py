@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokenops.models.blocks import attend
+from tokenops.models.blocks import Block, attend, fused_linear, fused_mlp
 
 State = TypeVar("State")
 
@@ -126,12 +126,14 @@ class OpenBlock:
         self.get: dict[str, Any] = {name: part(block, path) for name, path in kind._asdict().items()}
         for name, paths in _OPTIONAL.items():
             self.get[name] = next((part(block, path) for path in paths if _has(block, path)), nn.Identity())
+        # ours are quicker as one where nothing learns; what others have in their layers (adapters, hooks) is called as it is
+        self.fused = type(block) is Block and type(block.norm1) is nn.LayerNorm
         self._try()
 
     def attention(self, x: Tensor, kv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, N, C], [B, N] float32
         """(x plus what its tokens attend to, the keys [B, H, N, D]). ``kv_bias`` is added to the logits of each key."""
         get = self.get
-        query, key, value = self._project(get["norm1"](x))
+        query, key, value = self._project(x)
         query, key = get["query_norm"](query), get["key_norm"](key)
         dropout = get["attention_dropout"]
         p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
@@ -139,10 +141,13 @@ class OpenBlock:
         return x + get["path1"](get["scale1"](out)), key
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N, C] -> three times [B, H, N, D], views
-        layers = self.get["qkv"]
-        if len(layers) == 1:
-            rows = layers[0](x).chunk(3, -1)
+        layers, norm = self.get["qkv"], self.get["norm1"]
+        if self.fused:
+            rows = fused_linear(x, layers[0].weight, layers[0].bias, norm).chunk(3, -1)
+        elif len(layers) == 1:
+            rows = layers[0](norm(x)).chunk(3, -1)
         else:
+            x = norm(x)
             biases = qkv_bias(self.block, layers).chunk(3)
             rows = [nn.functional.linear(x, layer.weight, bias) for layer, bias in zip(layers, biases, strict=True)]
         query, key, value = (one.unflatten(-1, (self.get["heads"], -1)).transpose(1, 2) for one in rows)
@@ -150,6 +155,8 @@ class OpenBlock:
 
     def mlp(self, x: Tensor) -> Tensor:  # [B, N, C]
         get = self.get
+        if self.fused:
+            return x + get["path2"](fused_mlp(x, self.block.mlp, get["norm2"]))
         hidden = get["hidden_dropout"](get["activation"](get["fc1"](get["norm2"](x))))
         return x + get["path2"](get["scale2"](get["dropout2"](get["fc2"](hidden))))
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenops.ops.delta_matmul import gathered_linear, gathered_mlp
 from tokenops.ops.sparse_attention import sparse_attention
 
 
@@ -38,8 +40,9 @@ class Attention(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
-        return self.proj(attend(*self.heads(self.qkv(x))))
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:  # [B, N, C], normalised first
+        qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm)
+        return fused_linear(attend(*self.heads(qkv)), self.proj.weight, self.proj.bias)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # [B, H, N, D] -> [B, N, H D]
@@ -64,6 +67,41 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., O]
+    """A linear layer of normalised rows."""
+    if not _gathers(x):
+        return F.linear(x if norm is None else norm(x), weight, bias)
+    rows, index = _all_rows(x)
+    affine, eps = _norm(norm)
+    return gathered_linear(rows, weight, bias, index=index, norm=affine, norm_eps=eps).view(*x.shape[:-1], len(weight))
+
+
+def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., C]
+    """A block's two layers, with GELU between them, of normalised rows."""
+    if not _gathers(x):
+        return mlp(x if norm is None else norm(x))
+    rows, index = _all_rows(x)
+    affine, eps = _norm(norm)
+    layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    return gathered_mlp(rows, *layers, index=index, norm=affine, norm_eps=eps).view(x.shape)
+
+
+def _gathers(x: Tensor) -> bool:
+    """Whether the gathered layers serve even a call that lists every row: they normalise as they read, and are quicker than the BLAS that
+    torch has on a CPU. Their backward pass computes the layer anew, so training is better off without.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def _all_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(1, -1, x.shape[-1])
+    return rows, torch.arange(rows.shape[1], dtype=torch.int32)
+
+
+def _norm(norm: nn.LayerNorm | None) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    return (None, 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample loses the branch with this probability, and keeps 1 / (1 - p) of it otherwise."""
 
@@ -71,11 +109,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, owner: Tensor | None = None, owners: int = 0) -> Tensor:
+        """x [B, ...], sample by sample. Or rows [R, ...] of several samples, with ``owner`` [R] naming each row's, out of so many."""
         if not self.training or self.p == 0.0:
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.p
-        return x * kept / (1.0 - self.p)
+        kept = torch.rand(x.shape[0] if owner is None else owners, device=x.device) >= self.p
+        if owner is not None:
+            kept = kept[owner]
+        return x * kept.view(-1, *[1] * (x.dim() - 1)) / (1.0 - self.p)
 
 
 class Block(nn.Module):
@@ -90,8 +131,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, C]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(x, self.norm1))
+        return x + self.drop_path(fused_mlp(x, self.mlp, self.norm2))
 
 
 def initialise(module: nn.Module) -> None:

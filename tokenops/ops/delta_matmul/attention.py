@@ -59,7 +59,7 @@ def delta_attention(
     rel_pos: tuple[Tensor, Tensor] | None = None,
     pool: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
-    guard: float = 1e-2,
+    guard: float = 0.1,
     refresh: int = 128,
     crossover: float = 0.5,
     cast: torch.dtype | None = None,
@@ -82,7 +82,8 @@ def delta_attention(
             the logit of cell m of the grid of keys, gh x gw. Rows of tokens that did not change must be as they were.
         pool: (ph, pw): keys and values are averages over cells of so many tokens of ``grid``. A changed token changes its cell.
         grid: (h, w) of the tokens in rows, N = h w. Given if and only if pool is.
-        guard: exact: a row is computed afresh when its denominator falls under so much of the largest it has had since the last time.
+        guard: exact: a row is computed afresh when its denominator falls under so much of the largest it has had since the last time:
+            what cancellation may cost is the rounding of that largest one, divided by the guard.
         refresh: exact: each row is computed afresh at least every so many frames; 0: never for that reason.
         crossover: exact: a sample of which more than this part of the cells changed is computed afresh.
         cast: paper: the dtype in which attention matrix and values are stored and multiplied. Default: that of value.
@@ -128,7 +129,7 @@ def delta_attention_(
     rel_pos: tuple[Tensor, Tensor] | None = None,
     pool: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
-    guard: float = 1e-2,
+    guard: float = 0.1,
     refresh: int = 128,
     crossover: float = 0.5,
     backend: str | None = None,
