@@ -56,14 +56,21 @@ def times(case: models.Case, report: models.Report, outcomes: Sequence[Outcome])
     for outcome in outcomes:
         if outcome.seconds is None:
             continue
-        cells: list[Text | str] = [Text(outcome.name, style="bold" if outcome.ours else ""), f"{1e3 * outcome.seconds.median / subject.shown:.2f}"]
+        cells: list[Text | str] = [
+            Text(outcome.name, style="bold" if outcome.ours else ""),
+            f"{1e3 * outcome.seconds.median / subject.shown:.2f}",
+        ]
         counted = {"tokenops": subject.cost, models.SDPA: subject.dense, models.OURS: subject.dense}.get(outcome.name)
         # what is published computes what it throws away, and is not counted anywhere
         cells += ["", ""] if counted is None else [f"{part / subject.shown * 1e-9:.2f}" for part in counted]
         ratio = (ours.faster_than or {}).get(outcome.name)
         if ratio is not None:
             fewer = None if counted is None else counted.total / subject.cost.total
-            cells += ["" if fewer is None else f"{fewer:.2f}x", table.ratio_text(ratio.median), "" if fewer is None else f"{ratio.median / fewer:.2f}"]
+            cells += [
+                "" if fewer is None else f"{fewer:.2f}x",
+                table.ratio_text(ratio.median),
+                "" if fewer is None else f"{ratio.median / fewer:.2f}",
+            ]
         rows.add_row(*cells)
     return rows
 

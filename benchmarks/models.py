@@ -16,8 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenops.models import VITDET_B_1024, BackboneConfig, CompactVidTr, HaltingConfig, HaltingVT, VidTr, VidTrConfig, ViTDetBackbone
-from tokenops.models import ViTDetConfig, haltingvt, vidtr
+from tokenops.models import (
+    VITDET_B_1024,
+    BackboneConfig,
+    CompactVidTr,
+    HaltingConfig,
+    HaltingVT,
+    VidTr,
+    VidTrConfig,
+    ViTDetBackbone,
+    ViTDetConfig,
+    haltingvt,
+    vidtr,
+)
 from tokenops.models.blocks import Block, MultiplyAdds
 from tokenops.models.eventful import EventfulState
 from tokenops.models.vidtr import TopKStd
@@ -37,7 +48,10 @@ SHOWN = 4  # frames of a picture
 
 SDPA, OURS, PUBLISHED = "dense, SDPA", "dense, tokenops", "published"
 TITLES = {
-    "haltingvt": {"kept": "patches that the Glimpser keeps; the others are dimmed", "layers": "the brighter, the more layers a patch takes part in"},
+    "haltingvt": {
+        "kept": "patches that the Glimpser keeps; the others are dimmed",
+        "layers": "the brighter, the more layers a patch takes part in",
+    },
     "eventful": {"updated": "tokens that the first gate lets through; the others are dimmed, and not computed"},
     "vidtr": {"kept": "the brighter, the more heads keep the frame at this location in the first pooling layer"},
 }
@@ -49,7 +63,8 @@ class Case(NamedTuple):
     config: Any
     dense: Any  # the configuration of its twin
     k: int = 0  # tokens that each gate lets through
-    drift: float = 0.0  # how much a joint layer adds to the halting channel
+    start: float = 0.0  # of the halting channel in patches, the class token comes without
+    drift: float = 0.0  # how much a joint layer adds to it
     small: bool = False  # a size for the demo: a model that learns nothing worth having, and shows everything
     dtype: str = "fp32"
     direction: str = "fwd"
@@ -57,10 +72,10 @@ class Case(NamedTuple):
 
 
 def _cases() -> Iterator[Case]:
-    def halting(name: str, config: HaltingConfig, drift: float, **options: Any) -> Case:
+    def halting(name: str, config: HaltingConfig, **options: Any) -> Case:
         # the features are compared, without heads on them
         config = config._replace(classes=0, motion=False)
-        return Case(name, "haltingvt", config, config._replace(keep_rate=(), halting=False), drift=drift, **options)
+        return Case(name, "haltingvt", config, config._replace(keep_rate=(), halting=False), **options)
 
     def eventful(name: str, config: ViTDetConfig, k: int, **options: Any) -> Case:
         backbone = config.backbone_config
@@ -71,7 +86,9 @@ def _cases() -> Iterator[Case]:
         return Case(name, "vidtr", config, dense, **options)
 
     small = {"small": True, "quick": True}
-    yield halting("HaltingVT-small", HaltingConfig((1.0, 0.5), 20.0, frames=4, dim=192, num_heads=3, depth=8), 0.35, **small)
+    yield halting(
+        "HaltingVT-small", HaltingConfig((1.0, 0.5), 20.0, frames=4, dim=192, num_heads=3, depth=8), start=3.0, drift=0.3, **small
+    )
     grid = BackboneConfig(
         {"dim": 192, "heads": 3, "relative_embedding_size": (28, 28), "window_size": (7, 7)},
         depth=3,
@@ -85,7 +102,7 @@ def _cases() -> Iterator[Case]:
     pools = {"pool_layers": (1, 3, 5), "pools": (TopKStd(2),) * 3}
     yield compact("C-VidTr-small", VidTrConfig(**sizes, **pools), VidTrConfig(**sizes), **small)
 
-    yield halting("HaltingVT-S-G0.5", HaltingVT.PRESETS["minik_g05_beta20"], 0.3)
+    yield halting("HaltingVT-S-G0.5", HaltingVT.PRESETS["minik_g05_beta20"], start=3.0, drift=0.15)
     # of 12 layers each third is global: three of them take a third of the time
     first = VITDET_B_1024._replace(backbone_config=VITDET_B_1024.backbone_config._replace(depth=3, window_indices=(0, 1)))
     for k in (768, 512):
@@ -134,10 +151,11 @@ def prepare(case: Case, request: Request) -> Trial:
 
 def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
     if case.dtype != "fp32":
-        refused = Contender("tokenops", lambda: (), ["what halts or changed is decided in float32: autocast would time something else"], ours=True)
+        refused = Contender(
+            "tokenops", lambda: (), ["what halts or changed is decided in float32: autocast would time something else"], ours=True
+        )
         return Trial([refused], lambda: (), (), Cost(0, 0), {}), Report(None, [])  # type: ignore[arg-type]
-    with torch.no_grad():
-        subject = {"haltingvt": _halting, "eventful": _eventful, "vidtr": _vidtr}[case.model](case, request)
+    subject = {"haltingvt": _halting, "eventful": _eventful, "vidtr": _vidtr}[case.model](case, request)
     differences: list[float] = []
     right = cache(subject.own_of[SDPA])
 
@@ -204,6 +222,7 @@ def _pixels(film: Tensor, chosen: Tensor) -> Tensor:  # [T, SIDE, SIDE, 3] in 0 
 # HaltingVT
 
 
+@torch.no_grad()
 def _halting(case: Case, request: Request) -> Subject:
     config: HaltingConfig = case.config
     film = request.frames()
@@ -211,10 +230,12 @@ def _halting(case: Case, request: Request) -> Subject:
     clips = [haltingvt.preprocess(film[at], config.image_size)[None].to(request.device) for at in chosen]
     model = HaltingVT(config).eval()
     plain.liven(model, 0.8)
-    # without training nothing pushes the halting channel up; the release's own bias does where it was trained
-    model.patch_embed.proj.bias[0] += 0.4
+    # without training nothing pushes the halting channel up, layer by layer and patches first; nor may a layer push all tokens at once
+    model.patch_embed.proj.bias[0] += case.start
     for block in model.blocks[len(config.keep_rate) :]:
         block.mlp.fc2.bias[0] += case.drift
+        for matrix in (block.attn.proj.weight, block.mlp.fc2.weight):
+            matrix[0] *= 0.25
     model.to(request.device)
     stats = [model(clip, return_stats=True)[1] for clip in clips]
     counts = torch.cat([each.token_counts for each in stats]).cpu()
@@ -237,7 +258,10 @@ def _halting(case: Case, request: Request) -> Subject:
         some = torch.linspace(0, config.frames - 1, SHOWN).long().tolist()
         return {
             "kept": [shaded(pixels[t], shares[0, t], f"frame {chosen[0][t]}: {kept.shape[1]} of {side * side} patches") for t in some],
-            "layers": [shaded(pixels[t], shares[1, t], f"frame {chosen[0][t]}: {depth[t].mean() * counts.shape[1]:.1f} layers on average") for t in some],
+            "layers": [
+                shaded(pixels[t], shares[1, t], f"frame {chosen[0][t]}: {depth[t].mean() * counts.shape[1]:.1f} layers on average")
+                for t in some
+            ],
         }
 
     return Subject(
@@ -250,7 +274,8 @@ def _halting(case: Case, request: Request) -> Subject:
             PUBLISHED: partial(plain.halting, model),
         },
         own=_exactly(plain.halting, model, clips),
-        own_of={name: _exactly(plain.joint_vit, model, clips) for name in (SDPA, OURS)} | {PUBLISHED: _exactly(plain.halting, model, clips)},
+        own_of={name: _exactly(plain.joint_vit, model, clips) for name in (SDPA, OURS)}
+        | {PUBLISHED: _exactly(plain.halting, model, clips)},
         cost=MultiplyAdds(cost.total // CLIPS, cost.published // CLIPS),
         # a whole transformer in both conventions
         dense=MultiplyAdds(dense, dense),
@@ -263,6 +288,7 @@ def _halting(case: Case, request: Request) -> Subject:
 # Eventful Transformers
 
 
+@torch.no_grad()
 def _eventful(case: Case, request: Request) -> Subject:
     film = request.frames()
     first = (len(film) - FILM_FRAMES) // 2
@@ -340,6 +366,7 @@ def _eventful(case: Case, request: Request) -> Subject:
 # VidTr
 
 
+@torch.no_grad()
 def _vidtr(case: Case, request: Request) -> Subject:
     config: VidTrConfig = case.config
     assert config.frames is not None
@@ -368,10 +395,11 @@ def _vidtr(case: Case, request: Request) -> Subject:
         side = round(len(heads) ** 0.5)
         pixels = _pixels(film, chosen[0])
         some = torch.linspace(0, config.frames - 1, SHOWN).long().tolist()
-        words = "frame {}: kept by {:.0f} % of heads and locations"
+        words = "frame {}: {:.0f} % keep it"
         return {
             "kept": [
-                shaded(pixels[t], heads[:, t].view(side, side), words.format(int(chosen[0][t]), 100 * heads[:, t].mean().item())) for t in some
+                shaded(pixels[t], heads[:, t].view(side, side), words.format(int(chosen[0][t]), 100 * heads[:, t].mean().item()))
+                for t in some
             ]
         }
 
