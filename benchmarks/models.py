@@ -46,7 +46,7 @@ HALTING_STRIDE = 16  # frames of the video between two of a clip; published are 
 FILM_FRAMES = 5  # there and back again: 8 frames without end
 SHOWN = 4  # frames of a picture
 
-SDPA, OURS, PUBLISHED = "dense, SDPA", "dense, tokenops", "published"
+MODEL, SDPA, OURS, PUBLISHED = "tokenops", "dense, SDPA", "dense, tokenops", "published"
 TITLES = {
     "haltingvt": {
         "kept": "patches that the Glimpser keeps; the others are dimmed",
@@ -127,10 +127,9 @@ class Subject(NamedTuple):
 
     frames: Frames  # what each call is given, in turn
     shown: int  # frames of the video in each call
-    ours: Callable[[], Stream]
+    ours: Stream
     peers: dict[str, Callable[[Tensor], Tensor]]
-    own: Callable[[], list[Tensor]]  # what ours must give for the first calls, in float64
-    own_of: dict[str, Callable[[], list[Tensor]]]  # and what each peer must
+    right: dict[str, Callable[[], list[Tensor]]]  # what each contender must give for the first calls, in float64
     cost: MultiplyAdds  # of a call
     dense: MultiplyAdds
     weights: int  # bytes
@@ -146,39 +145,33 @@ class Report(NamedTuple):
 
 
 def prepare(case: Case, request: Request) -> Trial:
+    if case.dtype != "fp32":
+        reason = "what halts or has changed is decided in float32: autocast would time something else"
+        return Trial([Contender(MODEL, lambda: (), [reason], ours=True)], lambda: (), (), Cost(0, 0), {})
     return prepared(case, request)[0]
 
 
 def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
-    if case.dtype != "fp32":
-        refused = Contender(
-            "tokenops", lambda: (), ["what halts or changed is decided in float32: autocast would time something else"], ours=True
-        )
-        return Trial([refused], lambda: (), (), Cost(0, 0), {}), Report(None, [])  # type: ignore[arg-type]
     subject = {"haltingvt": _halting, "eventful": _eventful, "vidtr": _vidtr}[case.model](case, request)
     differences: list[float] = []
-    right = cache(subject.own_of[SDPA])
+    dense = subject.right[SDPA]
 
-    def judge(own: Callable[[], list[Tensor]], ours: bool, results: list[Results]) -> Results:
+    def judge(name: str, results: list[Results]) -> Results:
         """What the dense twin gives, if this is what its own definition says."""
-        if ours:
-            differences[:] = [((out - want).norm() / want.norm()).item() for [out], want in zip(results, right(), strict=True)]
-        return tuple(want + (out - mine) for [out], mine, want in zip(results, own(), right(), strict=True))
+        if name == MODEL:
+            differences[:] = [((out - want).norm() / want.norm()).item() for [out], want in zip(results, dense(), strict=True)]
+        return tuple(want + (out - mine) for [out], mine, want in zip(results, subject.right[name](), dense(), strict=True))
 
-    own = cache(subject.own)
-    ours = Contender("tokenops", subject.ours(), ours=True, note="its operators choose their backends")
-    contenders = [judged(ours, partial(judge, own, True))]
-    for name, call in subject.peers.items():
-        stream = stateless(subject.frames, _one(call))
-        contenders.append(judged(Contender(name, stream), partial(judge, subject.own_of[name], False)))
+    contenders = [Contender(MODEL, subject.ours, ours=True, note="its operators choose their backends")]
+    contenders += [Contender(name, stateless(subject.frames, _one(call))) for name, call in subject.peers.items()]
 
     def remark() -> str:
         left = ", ".join(f"{layer.name} {layer.left:.0f} of {layer.of} {layer.unit}" for layer in subject.layers)
         return f"{left}; relative difference from the dense twin: {', '.join(f'{error:.2g}' for error in differences)}"
 
     trial = Trial(
-        contenders=contenders,
-        expected=lambda: tuple(right()),
+        contenders=[judged(contender, partial(judge, contender.name)) for contender in contenders],
+        expected=lambda: tuple(dense()),
         names=[f"call {at + 1}" for at in range(CHECKED)],
         cost=Cost(2 * subject.cost.total, subject.weights + subject.frames.grids[0][0].nbytes),
         backends={},
@@ -246,6 +239,8 @@ def _halting(case: Case, request: Request) -> Subject:
     layers += [Layer(f"block {first + at}", "tokens", left, tokens) for at, left in enumerate(counts.double().mean(0).tolist())]
     cost = config.flops(token_counts=counts)
     dense = case.dense.flops().published
+    frames = Frames([(clip,) for clip in clips], [])
+    masked, whole = _exactly(plain.halting, model, clips), _exactly(plain.joint_vit, model, clips)
 
     def panels() -> dict[str, list[Panel]]:
         kept = stats[0].kept[-1][0].cpu()  # [T, K]
@@ -265,17 +260,15 @@ def _halting(case: Case, request: Request) -> Subject:
         }
 
     return Subject(
-        frames=Frames([(clip,) for clip in clips], []),
+        frames=frames,
         shown=config.frames,
-        ours=lambda: stateless(Frames([(clip,) for clip in clips], []), _one(model)),
+        ours=stateless(frames, _one(model)),
         peers={
             SDPA: partial(plain.joint_vit, model),
             OURS: partial(plain.joint_vit, model, block=Block.forward),
             PUBLISHED: partial(plain.halting, model),
         },
-        own=_exactly(plain.halting, model, clips),
-        own_of={name: _exactly(plain.joint_vit, model, clips) for name in (SDPA, OURS)}
-        | {PUBLISHED: _exactly(plain.halting, model, clips)},
+        right={MODEL: masked, SDPA: whole, OURS: whole, PUBLISHED: masked},
         cost=MultiplyAdds(cost.total // CLIPS, cost.published // CLIPS),
         # a whole transformer in both conventions
         dense=MultiplyAdds(dense, dense),
@@ -310,9 +303,6 @@ def _eventful(case: Case, request: Request) -> Subject:
         out, state = model(inputs[at], state)
         return (out,), state
 
-    def stream() -> Stream:
-        return Stream(len(inputs), torch.no_grad()(start), torch.no_grad()(step))
-
     # once around: what the gates choose, and what it costs
     state, costs, lists = start(), [], []
     for at in range(len(inputs)):
@@ -321,7 +311,8 @@ def _eventful(case: Case, request: Request) -> Subject:
         lists.append({name: index.clone() for name, index in state.indices().items()})
 
     @torch.no_grad()
-    def own() -> list[Tensor]:
+    def chosen_alike() -> list[Tensor]:
+        """The first frames in float64, every gate choosing what it chose."""
         exact = copy.deepcopy(model).double()
         outs, state = [], exact(inputs[-1].double())[1]
         for x, chosen in zip(inputs[:CHECKED], lists, strict=False):
@@ -351,10 +342,9 @@ def _eventful(case: Case, request: Request) -> Subject:
     return Subject(
         frames=frames,
         shown=1,
-        ours=stream,
+        ours=Stream(len(inputs), torch.no_grad()(start), torch.no_grad()(step)),
         peers={SDPA: partial(plain.vitdet, twin), OURS: lambda x: twin(x)[0]},
-        own=own,
-        own_of={SDPA: dense, OURS: dense},
+        right={MODEL: cache(chosen_alike), SDPA: dense, OURS: dense},
         cost=_mean(costs),
         dense=twin.flops(),
         weights=_weights(model),
@@ -403,14 +393,19 @@ def _vidtr(case: Case, request: Request) -> Subject:
             ]
         }
 
+    frames = Frames([(clip,) for clip in clips], [])
     dense = _exactly(plain.vidtr, twin, clips)
     return Subject(
-        frames=Frames([(clip,) for clip in clips], []),
+        frames=frames,
         shown=config.frames,
-        ours=lambda: stateless(Frames([(clip,) for clip in clips], []), _one(model)),
+        ours=stateless(frames, _one(model)),
         peers={SDPA: partial(plain.vidtr, twin), OURS: twin, PUBLISHED: partial(plain.vidtr, model)},
-        own=_exactly(plain.vidtr, model, clips, kept),
-        own_of={SDPA: dense, OURS: dense, PUBLISHED: _exactly(plain.vidtr, model, clips, published)},
+        right={
+            MODEL: _exactly(plain.vidtr, model, clips, kept),
+            SDPA: dense,
+            OURS: dense,
+            PUBLISHED: _exactly(plain.vidtr, model, clips, published),
+        },
         cost=model.flops(),
         dense=twin.flops(),
         weights=_weights(model),
