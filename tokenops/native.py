@@ -36,7 +36,7 @@ CUDA_DEVICE = "cuda"
 
 
 def emulate_cuda() -> None:
-    """For tests: from now on the CUDA kernels run on CPU tensors and on no others, if their emulated form is built (TOKENOPS_EMULATED=1)."""
+    """For tests: now the CUDA kernels run on CPU tensors and on no others, if their emulated form was built (TOKENOPS_EMULATED=1)."""
     global CUDA_ABSENT, CUDA_DEVICE
     CUDA_ABSENT, CUDA_DEVICE = _load("_C_emulated"), "cpu"
 
