@@ -1,0 +1,188 @@
+// The tensor side of token_merge on a GPU: tensors -> arguments -> launches. Soft merging: token_merge_soft.cu.
+#include <string>
+
+#include "launch.h"
+#include "token_merge_pairs.cuh"
+#include "token_merge_plan.cuh"
+#include "token_merge_tensors.h"
+
+namespace tokenops {
+namespace {
+
+// pieces of a buffer of 32-bit words, one after the other
+struct Words {
+  int32_t* next;
+  int64_t left;
+
+  explicit Words(const Tensor& scratch) : next(scratch.mutable_data_ptr<int32_t>()), left(scratch.numel()) {
+    STD_TORCH_CHECK(scratch.is_contiguous(), "scratch must be contiguous");
+  }
+  template <class T>
+  T* take(int64_t count) {
+    STD_TORCH_CHECK(count <= left, "scratch is too small");
+    T* const words = reinterpret_cast<T*>(next);
+    next += count, left -= count;
+    return words;
+  }
+};
+
+template <class T>
+PairSide<T> side_of(const char* name, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& place,
+                    const OptionalTensor& lists, const OptionalTensor& listed, int which, int block, bool windowed, Words& words) {
+  const int64_t batch = x.size(0), rows = x.size(1);
+  check_tokens(name, x);
+  PairSide<T> side{};
+  side.x = static_cast<const T*>(x.const_data_ptr());
+  side.sample = x.stride(0), side.row = x.stride(1), side.wide = is_wide(x);
+  side.rows = side.slots = static_cast<int>(rows);
+  if (lists) {
+    check_lists(*lists, batch, rows);
+    check_new("listed", *listed, ScalarType::Int, 2, batch);
+    side.list = lists->const_data_ptr<int32_t>() + which * batch * rows;
+    side.listed = listed->const_data_ptr<int32_t>() + which * batch;
+  }
+  if (mask) {
+    check_per_token("a mask", *mask, ScalarType::Bool, batch, rows);
+    side.mask = mask->const_data_ptr<bool>(), side.mask_sample = broadcast_stride(*mask, 0), side.mask_row = mask->stride(1);
+  }
+  if (scale) {
+    check_per_token("a scale", *scale, ScalarType::Float, batch, rows);
+    side.scale = scale->const_data_ptr<float>(), side.scale_sample = broadcast_stride(*scale, 0), side.scale_row = scale->stride(1);
+  }
+  STD_TORCH_CHECK(place.has_value() == windowed, "places and a window must be given together");
+  if (place) {
+    check_rank("a place", *place, 3);
+    check_dtype("a place", *place, ScalarType::Int);
+    check_broadcast("a place", *place, 0, batch);
+    check_size("a place", *place, 1, rows);
+    check_size("a place", *place, 2, kPlaces);
+    side.place = place->const_data_ptr<int32_t>(), side.place_sample = broadcast_stride(*place, 0);
+    side.place_row = place->stride(1), side.place_axis = place->stride(2);
+  }
+  Description& of = side.of;
+  of.blocks = static_cast<int>((rows + block - 1) / block), of.pitch = of.blocks * block;
+  // copies of 16 bytes begin at factors and places: they come first, and a pitch is a multiple of 64
+  of.factor = words.take<float>(batch * of.pitch), of.shrink = words.take<float>(batch * of.pitch);
+  of.place = words.take<int>(batch * of.pitch * kPlaces);
+  return side;
+}
+
+void take_blocks(Description& of, int64_t batch, Words& words) {
+  of.unusual = words.take<int>(batch * of.blocks), of.bounds = words.take<int>(batch * of.blocks * 2 * kPlaces);
+}
+
+// scratch: (5 pitch + 7 blocks) words a sample for each side, and with splits two more for each of them and slot of a
+void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, OptionalTensor a_mask, OptionalTensor b_mask,
+            OptionalTensor a_scale, OptionalTensor b_scale, OptionalTensor a_place, OptionalTensor b_place, int64_t t_low, int64_t t_high,
+            int64_t reach_y, int64_t reach_x, bool normalize, OptionalTensor lists, OptionalTensor listed, int64_t splits, int64_t first_id,
+            int64_t id_step) {
+  const int64_t batch = a.size(0), rows = a.size(1), width = a.size(2);
+  check_dtype("b", b, a.scalar_type());
+  check_size("b", b, 0, batch);
+  check_size("b", b, 2, width);
+  check_new("best", best, ScalarType::Float, batch, rows);
+  check_new("index", index, ScalarType::Int, batch, rows);
+  check_dtype("scratch", scratch, ScalarType::Int);
+  STD_TORCH_CHECK(width > 0 && width % 8 == 0, "the width of what is compared must be a multiple of 8, got ", width);
+  STD_TORCH_CHECK(splits > 0, "splits must be positive, got ", splits);
+  STD_TORCH_CHECK(lists.has_value() == listed.has_value(), "lists and how many they list must be given together");
+  with_float("a", a, [&](auto number) {
+    using T = decltype(number);
+    Words words(scratch);
+    PairArguments<T> p{};
+    p.windowed = a_place.has_value();
+    p.a = side_of<T>("a", a, a_mask, a_scale, a_place, lists, listed, 0, kRowsA, p.windowed, words);
+    p.b = side_of<T>("b", b, b_mask, b_scale, b_place, lists, listed, 1, kRowsB, p.windowed, words);
+    take_blocks(p.a.of, batch, words), take_blocks(p.b.of, batch, words);
+    p.samples = static_cast<int>(batch), p.width = static_cast<int>(width);
+    p.normalize = normalize;
+    // whatever float16 holds, its products and squares are float32 numbers
+    p.shrinks = normalize && !std::is_same_v<T, f16>;
+    // two places are less than this apart, and so far beyond nothing overflows
+    const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
+    const int64_t bounds[][2] = {{held(t_low), held(t_high)}, {-held(reach_y), held(reach_y)}, {-held(reach_x), held(reach_x)}};
+    for (int axis = 0; axis < kPlaces; ++axis) p.low[axis] = bounds[axis][0], p.high[axis] = bounds[axis][1];
+    p.splits = static_cast<int>(splits), p.first_id = static_cast<int>(first_id), p.id_step = static_cast<int>(id_step);
+    p.best = splits > 1 ? words.take<float>(splits * batch * rows) : best.mutable_data_ptr<float>();
+    p.index = splits > 1 ? words.take<int32_t>(splits * batch * rows) : index.mutable_data_ptr<int32_t>();
+    launch(a, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kTileThreads, sizeof(DescribeShared), p);
+    launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kTileThreads, sizeof(SearchShared<T>), p);
+    if (splits == 1) return;
+    const ShareArguments shares{p.best, p.a.of.factor, p.index, best.mutable_data_ptr<float>(), index.mutable_data_ptr<int32_t>(),
+                                p.samples, p.a.slots, p.a.of.pitch, p.splits};
+    launch(a, best_of_shares, (batch * rows + kTileThreads - 1) / kTileThreads, kTileThreads, 0, shares);
+  });
+}
+
+void list(Tensor lists, Tensor listed, Tensor role) {
+  const int64_t batch = lists.size(1), tokens = lists.size(2);
+  check_lists(lists, batch, tokens);
+  check_new("listed", listed, ScalarType::Int, 2, batch);
+  check_per_token("role", role, ScalarType::Char, batch, tokens);
+  launch(role, list_roles, 2 * batch, plan_threads(tokens), sizeof(int[kMostWarps]),
+         ListArguments{role.const_data_ptr<int8_t>(), broadcast_stride(role, 0), role.stride(1), lists.mutable_data_ptr<int32_t>(),
+                       listed.mutable_data_ptr<int32_t>(), static_cast<int>(batch), static_cast<int>(tokens)});
+}
+
+PlanArguments new_plan(const Tensor& slot, const Tensor& count, const Tensor& order, const Tensor& offsets, const Tensor& scratch) {
+  const int64_t batch = slot.size(0), tokens = slot.size(1), n_out = offsets.size(1) - 1;
+  check_new("slot", slot, ScalarType::Int, batch, tokens);
+  check_new("order", order, ScalarType::Int, batch, tokens);
+  check_new("offsets", offsets, ScalarType::Int, batch, n_out + 1);
+  check_rank("count", count, 1);
+  check_dtype("count", count, ScalarType::Int);
+  check_size("count", count, 0, batch);
+  check_new("scratch", scratch, ScalarType::Int, batch, kPlanScratch * tokens);
+  STD_TORCH_CHECK(n_out >= 0 && n_out < INT32_MAX / 2 && count.is_contiguous(), "offsets must have n_out + 1 columns, count must be dense");
+  PlanArguments p{};
+  p.slot = slot.mutable_data_ptr<int32_t>(), p.count = count.mutable_data_ptr<int32_t>();
+  p.order = order.mutable_data_ptr<int32_t>(), p.offsets = offsets.mutable_data_ptr<int32_t>();
+  p.scratch = scratch.mutable_data_ptr<int32_t>();
+  p.tokens = static_cast<int>(tokens), p.n_out = static_cast<int>(n_out);
+  return p;
+}
+
+void launch_plan(const Tensor& on, const PlanArguments& p) {
+  launch(on, plan, on.size(0), plan_threads(p.tokens), sizeof(PlanShared), p);
+}
+
+// Of the sources whose score is greater than the threshold the `most` best merge into their partners.
+void match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor scratch, OptionalTensor role, Tensor score, Tensor partner,
+           OptionalTensor lists, int64_t first, int64_t step, int64_t most, double threshold) {
+  PlanArguments p = new_plan(slot, count, order, offsets, scratch);
+  const int64_t batch = slot.size(0), slots = score.size(1);
+  check_new("score", score, ScalarType::Float, batch, slots);
+  check_new("partner", partner, ScalarType::Int, batch, slots);
+  STD_TORCH_CHECK(most >= 0 && slots <= p.tokens, "sources must be among the tokens, and their number not negative");
+  if (role) {
+    check_per_token("role", *role, ScalarType::Char, batch, p.tokens);
+    p.role = role->const_data_ptr<int8_t>(), p.role_sample = broadcast_stride(*role, 0), p.role_token = role->stride(1);
+  }
+  if (lists) {
+    check_lists(*lists, batch, p.tokens);
+    STD_TORCH_CHECK(slots == p.tokens, "there must be a score for each place of a list");
+    p.sources = lists->const_data_ptr<int32_t>();
+  }
+  p.score = score.const_data_ptr<float>(), p.partner = partner.const_data_ptr<int32_t>();
+  p.slots = static_cast<int>(slots), p.first = static_cast<int>(first), p.step = static_cast<int>(step);
+  p.most = static_cast<int>(std::min(most, slots)), p.threshold = static_cast<float>(threshold);
+  launch_plan(slot, p);
+}
+
+void make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor scratch, Tensor target, bool is_slot) {
+  PlanArguments p = new_plan(slot, count, order, offsets, scratch);
+  check_new("target", target, ScalarType::Int, slot.size(0), p.tokens);
+  p.target = target.const_data_ptr<int32_t>(), p.is_slot = is_slot;
+  launch_plan(slot, p);
+}
+
+}  // namespace
+
+TOKENOPS_CUDA_OPERATORS(m) {
+  m.impl("token_merge_cuda_argmax", TORCH_BOX(&argmax));
+  m.impl("token_merge_cuda_list", TORCH_BOX(&list));
+  m.impl("token_merge_cuda_match", TORCH_BOX(&match));
+  m.impl("token_merge_cuda_plan", TORCH_BOX(&make_plan));
+}
+
+}  // namespace tokenops

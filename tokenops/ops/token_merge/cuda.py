@@ -1,0 +1,108 @@
+"""The CUDA C++ kernels of this room as a backend. What they write to on the way is allocated here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenops.types import MatchProblem, PairProblem, Window
+
+_library = torch.library.Library("tokenops", "FRAGMENT")
+# implemented by csrc/cuda/token_merge.cu. Where there is no place, the window is not read; lists [2, B, N]: which rows of a and b take part
+_PLAN = "Tensor(a!) slot, Tensor(b!) count, Tensor(c!) order, Tensor(d!) offsets, Tensor(e!) scratch"
+for _schema in (
+    (
+        "argmax(Tensor(a!) best, Tensor(b!) index, Tensor(c!) scratch, Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, Tensor? a_scale, "
+        "Tensor? b_scale, Tensor? a_place, Tensor? b_place, int t_low, int t_high, int reach_y, int reach_x, bool normalize, "
+        "Tensor? lists, Tensor? listed, int splits, int first_id, int id_step) -> ()"
+    ),
+    "list(Tensor(a!) lists, Tensor(b!) listed, Tensor role) -> ()",
+    f"match({_PLAN}, Tensor? role, Tensor score, Tensor partner, Tensor? lists, int first, int step, int most, float threshold) -> ()",
+    f"plan({_PLAN}, Tensor target, bool is_slot) -> ()",
+):
+    _library.define(f"token_merge_cuda_{_schema}")
+_cuda = torch.ops.tokenops
+
+_NO_WINDOW = Window(0, 0, 0, 0)
+# as in csrc/cuda: rows of a and of b in a block of the search, words of scratch memory
+ROWS_A, ROWS_B = 128, 64
+_EACH_SLOT, _EACH_BLOCK = 5, 7
+_PLAN_SCRATCH = 6
+
+
+class NativeCUDA:
+    """The methods of NativeCPU."""
+
+    def argmax(self, p: PairProblem, best: Tensor, index: Tensor) -> None:
+        search(p, best, index)
+
+    def match(self, p: MatchProblem, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
+        metric, role, place = p.metric, p.role, p.place
+        batch, tokens, _ = metric.shape
+        lists = listed = None
+        # the default roles are known beforehand; others are listed on the device
+        sources, destinations = slice(2 if p.class_token else 0, None, 2), slice(3 if p.distill_token else 1, None, 2)
+        if role is not None:
+            lists, listed = slot.new_empty((2, batch, tokens)), slot.new_empty((2, batch))
+            _cuda.token_merge_cuda_list(lists, listed, role)
+            sources = destinations = slice(0, None, 1)
+        a, b = metric[:, sources], metric[:, destinations]
+        score = torch.empty(a.shape[:2], dtype=torch.float32, device=metric.device)
+        partner = slot.new_empty(score.shape)
+        most = score.shape[1] if p.r is None else p.r
+        if b.shape[1] == 0:
+            most = 0
+        if most > 0 and score.numel() > 0:
+            scales = None if p.source_scale is None else p.source_scale[:, sources], (
+                None if p.destination_scale is None else p.destination_scale[:, destinations]
+            )
+            places = (None, None) if place is None else (place[:, sources], place[:, destinations])
+            pairs = PairProblem(a, b, None, None, *scales, *places, p.window, p.normalize)
+            search(pairs, score, partner, lists, listed, destinations)
+        else:
+            score.fill_(-torch.inf)
+        threshold = -torch.inf if p.threshold is None else p.threshold
+        _cuda.token_merge_cuda_match(
+            *(slot, count, order, offsets, _plan_scratch(slot)), role, score, partner, lists, sources.start, sources.step, most, threshold
+        )
+
+    def plan(self, target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
+        _cuda.token_merge_cuda_plan(slot, count, order, offsets, _plan_scratch(slot), target, is_slot)
+
+
+def search(
+    p: PairProblem,
+    best: Tensor,
+    index: Tensor,
+    lists: Tensor | None = None,
+    listed: Tensor | None = None,
+    ids: slice = slice(0, None, 1),
+    splits: int | None = None,
+) -> None:
+    """Fills best and index [B, Na].
+
+    Args:
+        lists, listed: [2, B, N] and [2, B] int32, the rows of a and of b that take part, ascending, and how many they are; results go by
+            places in the list.
+        ids: row j of b is called ids.start + j ids.step.
+        splits: how many blocks share the columns of a block of rows. None: as many as keep the device busy.
+    """
+    (batch, rows, _), columns = p.a.shape, p.b.shape[1]
+    blocks_a, blocks_b = -(-rows // ROWS_A), -(-columns // ROWS_B)
+    if splits is None:
+        # two blocks on each processor, but for each two tiles at least
+        splits = max(1, min(2 * _processors(p.a.device) // (batch * blocks_a), blocks_b // 2))
+    each = _EACH_SLOT * (blocks_a * ROWS_A + blocks_b * ROWS_B) + _EACH_BLOCK * (blocks_a + blocks_b) + (2 * splits * rows if splits > 1 else 0)
+    scratch = index.new_empty((batch * each,))
+    tensors = p[:8]
+    window = p.window or _NO_WINDOW
+    _cuda.token_merge_cuda_argmax(best, index, scratch, *tensors, *window, p.normalize, lists, listed, splits, ids.start, ids.step)
+
+
+def _plan_scratch(slot: Tensor) -> Tensor:
+    return slot.new_empty((slot.shape[0], _PLAN_SCRATCH * slot.shape[1]))
+
+
+def _processors(device: torch.device) -> int:
+    # the emulator has none: as many as let a test share out a block
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
