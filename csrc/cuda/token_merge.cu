@@ -4,6 +4,7 @@
 #include "launch.h"
 #include "token_merge_pairs.cuh"
 #include "token_merge_plan.cuh"
+#include "token_merge_segments.cuh"
 #include "token_merge_tensors.h"
 
 namespace tokenops {
@@ -106,7 +107,8 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
     p.best = splits > 1 ? words.take<float>(splits * batch * rows) : best.mutable_data_ptr<float>();
     p.index = splits > 1 ? words.take<int32_t>(splits * batch * rows) : index.mutable_data_ptr<int32_t>();
     launch(a, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kTileThreads, sizeof(DescribeShared), p);
-    launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kTileThreads, sizeof(SearchShared<T>), p);
+    launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kTileThreads,
+           p.windowed ? sizeof(WindowShared<T>) : sizeof(SearchShared<T>), p);
     if (splits == 1) return;
     const ShareArguments shares{p.best, p.a.of.factor, p.index, best.mutable_data_ptr<float>(), index.mutable_data_ptr<int32_t>(),
                                 p.samples, p.a.slots, p.a.of.pitch, p.splits};
@@ -176,6 +178,111 @@ void make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor s
   launch_plan(slot, p);
 }
 
+MergeMode mode_of(const std::string& mode) {
+  if (mode == "sum" || mode == "copy") return MergeMode::sum;
+  if (mode == "mean") return MergeMode::mean;
+  if (mode == "amax") return MergeMode::amax;
+  STD_TORCH_CHECK(mode == "replace" || mode == "drop", "unknown mode ", mode);
+  return MergeMode::keep;
+}
+
+// A plan that was given, and grids whose rows go along it: tokens [B, N, W], and merged ones [B, n_out, W].
+struct SegmentCall {
+  const Tensor &slot, &order, &offsets;
+  int64_t batch, tokens, n_out, width;
+  bool aligned = true;
+
+  SegmentCall(const Tensor& any, const Tensor& slot, const Tensor& order, const Tensor& offsets)
+      : slot(slot), order(order), offsets(offsets), batch(any.size(0)), tokens(slot.size(1)), n_out(offsets.size(1) - 1), width(any.size(2)) {
+    check_per_token("slot", slot, ScalarType::Int, batch, tokens);
+    check_per_token("order", order, ScalarType::Int, batch, tokens);
+    check_per_token("offsets", offsets, ScalarType::Int, batch, n_out + 1);
+    for (const Tensor* t : {&slot, &order, &offsets})
+      STD_TORCH_CHECK(t->is_contiguous() && t->size(0) == slot.size(0), "slot, order and offsets must be contiguous and of one batch size");
+    STD_TORCH_CHECK(n_out >= 0 && n_out < INT32_MAX - 1024, "offsets must have n_out + 1 columns, fewer than 2^31 - 1024");
+  }
+
+  template <class T>
+  Rows<T> rows(const char* name, const Tensor& t, const Tensor& like, int64_t count) {
+    check_tokens(name, t);
+    check_dtype(name, t, like.scalar_type());
+    check_size(name, t, 0, batch);
+    check_size(name, t, 1, count);
+    check_size(name, t, 2, width);
+    aligned &= is_wide(t);
+    return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1)};
+  }
+
+  template <class T>
+  SegmentArguments<T> arguments(const std::string& mode, const OptionalTensor& size) const {
+    SegmentArguments<T> p{};
+    p.slot = slot.const_data_ptr<int32_t>(), p.slot_sample = broadcast_stride(slot, 0);
+    p.order = order.const_data_ptr<int32_t>(), p.order_sample = broadcast_stride(order, 0);
+    p.offsets = offsets.const_data_ptr<int32_t>(), p.offsets_sample = broadcast_stride(offsets, 0);
+    if (size) {
+      check_per_token("size", *size, ScalarType::Float, batch, tokens);
+      p.size = size->const_data_ptr<float>(), p.size_sample = broadcast_stride(*size, 0), p.size_token = size->stride(1);
+    }
+    p.mode = mode_of(mode);
+    p.samples = static_cast<int>(batch), p.tokens = static_cast<int>(tokens), p.n_out = static_cast<int>(n_out);
+    p.width = static_cast<int>(width);
+    const int64_t pieces = (width + Wide<T>::kCount - 1) / Wide<T>::kCount;
+    for (p.lanes = 1; p.lanes < std::min<int64_t>(pieces, kWarp);) p.lanes *= 2;
+    return p;
+  }
+
+  // one of a kernel's two forms, with `lanes` threads for each of so many rows
+  template <class T>
+  void run(void (*wide)(SegmentArguments<T>), void (*narrow)(SegmentArguments<T>), int64_t count, const SegmentArguments<T>& p) const {
+    const int64_t blocks = (batch * count * p.lanes + kSegmentThreads - 1) / kSegmentThreads;
+    launch(slot, aligned ? wide : narrow, blocks, kSegmentThreads, 0, p);
+  }
+};
+
+void merge(Tensor out, Tensor x, Tensor slot, Tensor order, Tensor offsets, OptionalTensor size, std::string mode) {
+  with_float("x", x, [&](auto number) {
+    using T = decltype(number);
+    SegmentCall call(x, slot, order, offsets);
+    SegmentArguments<T> p = call.arguments<T>(mode, size);
+    p.x = call.rows<const T>("x", x, x, call.tokens);
+    p.result = call.rows<T>("out", out, x, call.n_out);
+    call.run<T>(merge_rows<T, true>, merge_rows<T, false>, call.n_out, p);
+  });
+}
+
+// x and out where something depends on them: with amax, and for the gradient of the size
+void merge_gradients(OptionalTensor grad_x, OptionalTensor grad_size, Tensor grad_out, OptionalTensor x, OptionalTensor out, Tensor slot,
+                     Tensor order, Tensor offsets, OptionalTensor size, std::string mode) {
+  with_float("grad_out", grad_out, [&](auto number) {
+    using T = decltype(number);
+    SegmentCall call(grad_out, slot, order, offsets);
+    SegmentArguments<T> p = call.arguments<T>(mode, size);
+    p.y = call.rows<const T>("grad_out", grad_out, grad_out, call.n_out);
+    STD_TORCH_CHECK((x && out) || (p.mode != MergeMode::amax && !grad_size), "x and out must be given where a gradient depends on them");
+    if (x) p.x = call.rows<const T>("x", *x, grad_out, call.tokens);
+    if (out) p.out = call.rows<const T>("out", *out, grad_out, call.n_out);
+    if (grad_x) p.result = call.rows<T>("grad_x", *grad_x, grad_out, call.tokens);
+    if (grad_size) {
+      check_new("grad_size", *grad_size, ScalarType::Float, call.batch, call.tokens);
+      p.grad_size = grad_size->mutable_data_ptr<float>();
+      // it is a sum over a row, by a whole warp
+      p.lanes = kWarp;
+    }
+    call.run<T>(merge_backward<T, true>, merge_backward<T, false>, std::max(call.tokens, call.n_out), p);
+  });
+}
+
+void unmerge(Tensor out, Tensor y, Tensor slot, Tensor order, Tensor offsets, std::string mode) {
+  with_float("y", y, [&](auto number) {
+    using T = decltype(number);
+    SegmentCall call(y, slot, order, offsets);
+    SegmentArguments<T> p = call.arguments<T>(mode, std::nullopt);
+    p.y = call.rows<const T>("y", y, y, call.n_out);
+    p.result = call.rows<T>("out", out, y, call.tokens);
+    call.run<T>(unmerge_rows<T, true>, unmerge_rows<T, false>, call.tokens, p);
+  });
+}
+
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
@@ -183,6 +290,9 @@ TOKENOPS_CUDA_OPERATORS(m) {
   m.impl("token_merge_cuda_list", TORCH_BOX(&list));
   m.impl("token_merge_cuda_match", TORCH_BOX(&match));
   m.impl("token_merge_cuda_plan", TORCH_BOX(&make_plan));
+  m.impl("token_merge_cuda_merge", TORCH_BOX(&merge));
+  m.impl("token_merge_cuda_merge_backward", TORCH_BOX(&merge_gradients));
+  m.impl("token_merge_cuda_unmerge", TORCH_BOX(&unmerge));
 }
 
 }  // namespace tokenops

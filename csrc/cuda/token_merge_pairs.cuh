@@ -2,6 +2,8 @@
 // same rows agree at the end. Columns ascend and must be strictly better to win, so ties go to the lowest index; NaN is not better.
 #pragma once
 
+#include <type_traits>
+
 #include "token_merge_tiles.cuh"
 
 namespace tokenops {
@@ -148,17 +150,22 @@ template <class T>
 struct SearchShared {
   TileShared<T> tiles;
   alignas(16) float factor[kStages][kRowsB];
-  // with a window
+};
+template <class T>
+struct WindowShared : SearchShared<T> {
   alignas(16) int place[kStages][kPlaces][kRowsB];
   Interval near[kPlaces][kRowsA];
   int partial[kTileWarps];
 };
+// how many blocks a processor has memory for
+template <bool kWindowed>
+constexpr int kSearchBlocks = kWindowed ? 2 : 3;
 
 // A block of slots of a, and a share of the tiles of b.
 template <class T, bool kWindowed>
-__global__ void __launch_bounds__(kTileThreads) search(const PairArguments<T> p) {
+__global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search(const PairArguments<T> p) {
   using Own = Products<T>;
-  auto& shared = shared_memory<SearchShared<T>>();
+  auto& shared = shared_memory<std::conditional_t<kWindowed, WindowShared<T>, SearchShared<T>>>();
   const int block = blockIdx.x % p.a.of.blocks, share = blockIdx.x / p.a.of.blocks % p.splits;
   const int64_t s = blockIdx.x / p.a.of.blocks / p.splits;
   const Grid<T> a = p.a.grid(s, p.width, p.shrinks), b = p.b.grid(s, p.width, p.shrinks);
@@ -185,12 +192,13 @@ __global__ void __launch_bounds__(kTileThreads) search(const PairArguments<T> p)
     }
   }
   const auto meets = [&](int tile) {
-    if constexpr (!kWindowed) return true;
-    for (int axis = 0; axis < kPlaces; ++axis) {
-      const int *least = bounds + axis * p.b.of.blocks, *greatest = least + kPlaces * p.b.of.blocks;
-      if (least[tile] > reach[axis].high || greatest[tile] < reach[axis].low) return false;
-    }
-    return true;
+    bool meets = true;
+    if constexpr (kWindowed)
+      for (int axis = 0; axis < kPlaces; ++axis) {
+        const int *least = bounds + axis * p.b.of.blocks, *greatest = least + kPlaces * p.b.of.blocks;
+        meets &= least[tile] <= reach[axis].high && greatest[tile] >= reach[axis].low;
+      }
+    return meets;
   };
   bool shrinks = false;
   if (p.shrinks) {
@@ -207,8 +215,9 @@ __global__ void __launch_bounds__(kTileThreads) search(const PairArguments<T> p)
     constexpr int kEach = kRowsB / 4;
     const int i = threadIdx.x, plane = i / kEach - 1, column = i % kEach * 4;
     if (plane < 0) cp_async_16(&shared.factor[stage][column], factor + tile * kRowsB + column);
-    if (kWindowed && plane >= 0 && plane < kPlaces)
-      cp_async_16(&shared.place[stage][plane][column], place + plane * p.b.of.pitch + tile * kRowsB + column);
+    if constexpr (kWindowed)
+      if (plane >= 0 && plane < kPlaces)
+        cp_async_16(&shared.place[stage][plane][column], place + plane * p.b.of.pitch + tile * kRowsB + column);
   };
   const auto compare = [&](int tile, int stage, Own& products) {
 #pragma unroll

@@ -185,7 +185,7 @@ __device__ __forceinline__ void number_rows(PlanShared& shared, const PlanArgume
     if (i < p.tokens) number[i] = roots + scan.before;
     roots += scan.total;
   }
-  // scan_block ends with a barrier
+  __syncthreads();
   for (int i = threadIdx.x; i < p.tokens; i += threads) {
     const int at = root[i];
     // in a circle nobody is its own parent
@@ -195,7 +195,8 @@ __device__ __forceinline__ void number_rows(PlanShared& shared, const PlanArgume
   }
 }
 
-__global__ void __launch_bounds__(kMostWarps* kWarp) plan(const PlanArguments p) {
+// one block a processor is enough: asked for two, the assembler spills
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1) plan(const PlanArguments p) {
   auto& shared = shared_memory<PlanShared>();
   const int64_t s = blockIdx.x, n = p.tokens;
   const int threads = blockDim.x;
@@ -220,10 +221,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) plan(const PlanArguments p)
 
   int rows = 0;
   for (int i = threadIdx.x; i < p.tokens; i += threads) {
-    const int row = keys.key[i] / 2, before = i > 0 ? keys.key[i - 1] / 2 : -1;
+    const auto row_at = [&](int at) { return static_cast<int>(keys.key[at] / 2); };
+    const int row = row_at(i), before = i > 0 ? row_at(i - 1) : -1;
     order[i] = row < p.n_out ? keys.id[i] : -1;
     if (row == p.n_out) continue;
-    if (i + 1 == p.tokens || keys.key[i + 1] / 2 == static_cast<uint32_t>(p.n_out)) shared.kept = i + 1, shared.last_row = row;
+    if (i + 1 == p.tokens || row_at(i + 1) == p.n_out) shared.kept = i + 1, shared.last_row = row;
     rows += row > before;
     // rows between the two are empty
     for (int at = before + 1; at <= row; ++at) offsets[at] = i;

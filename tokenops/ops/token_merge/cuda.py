@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenops.types import MatchProblem, PairProblem, Window
+from tokenops.types import MatchProblem, MergePlan, PairProblem, Window
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
 # implemented by csrc/cuda/token_merge.cu. Where there is no place, the window is not read; lists [2, B, N]: which rows of a and b take part
@@ -19,6 +19,12 @@ for _schema in (
     "list(Tensor(a!) lists, Tensor(b!) listed, Tensor role) -> ()",
     f"match({_PLAN}, Tensor? role, Tensor score, Tensor partner, Tensor? lists, int first, int step, int most, float threshold) -> ()",
     f"plan({_PLAN}, Tensor target, bool is_slot) -> ()",
+    "merge(Tensor(a!) out, Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, str mode) -> ()",
+    (
+        "merge_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_size, Tensor grad_out, Tensor? x, Tensor? out, Tensor slot, Tensor order, "
+        "Tensor offsets, Tensor? size, str mode) -> ()"
+    ),
+    "unmerge(Tensor(a!) out, Tensor y, Tensor slot, Tensor order, Tensor offsets, str mode) -> ()",
 ):
     _library.define(f"token_merge_cuda_{_schema}")
 _cuda = torch.ops.tokenops
@@ -68,6 +74,26 @@ class NativeCUDA:
 
     def plan(self, target: Tensor, is_slot: bool, slot: Tensor, count: Tensor, order: Tensor, offsets: Tensor) -> None:
         _cuda.token_merge_cuda_plan(slot, count, order, offsets, _plan_scratch(slot), target, is_slot)
+
+    def merge(self, x: Tensor, plan: MergePlan, size: Tensor | None, mode: str, out: Tensor) -> None:
+        _cuda.token_merge_cuda_merge(out, x, plan.slot, plan.order, plan.offsets, size, mode)
+
+    def merge_backward(
+        self,
+        grad_out: Tensor,
+        x: Tensor | None,
+        out: Tensor | None,
+        plan: MergePlan,
+        size: Tensor | None,
+        mode: str,
+        grad_x: Tensor | None,
+        grad_size: Tensor | None,
+    ) -> None:
+        lists = plan.slot, plan.order, plan.offsets
+        _cuda.token_merge_cuda_merge_backward(grad_x, grad_size, grad_out, x, out, *lists, size, mode)
+
+    def unmerge(self, y: Tensor, plan: MergePlan, mode: str, out: Tensor) -> None:
+        _cuda.token_merge_cuda_unmerge(out, y, plan.slot, plan.order, plan.offsets, mode)
 
 
 def search(
