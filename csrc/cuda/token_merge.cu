@@ -10,68 +10,6 @@
 namespace tokenops {
 namespace {
 
-// pieces of a buffer of 32-bit words, one after the other
-struct Words {
-  int32_t* next;
-  int64_t left;
-
-  explicit Words(const Tensor& scratch) : next(scratch.mutable_data_ptr<int32_t>()), left(scratch.numel()) {
-    STD_TORCH_CHECK(scratch.is_contiguous(), "scratch must be contiguous");
-  }
-  template <class T>
-  T* take(int64_t count) {
-    STD_TORCH_CHECK(count <= left, "scratch is too small");
-    T* const words = reinterpret_cast<T*>(next);
-    next += count, left -= count;
-    return words;
-  }
-};
-
-template <class T>
-PairSide<T> side_of(const char* name, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& place,
-                    const OptionalTensor& lists, const OptionalTensor& listed, int which, int block, bool windowed, Words& words) {
-  const int64_t batch = x.size(0), rows = x.size(1);
-  check_tokens(name, x);
-  PairSide<T> side{};
-  side.x = static_cast<const T*>(x.const_data_ptr());
-  side.sample = x.stride(0), side.row = x.stride(1), side.wide = is_wide(x);
-  side.rows = side.slots = static_cast<int>(rows);
-  if (lists) {
-    check_lists(*lists, batch, rows);
-    check_new("listed", *listed, ScalarType::Int, 2, batch);
-    side.list = lists->const_data_ptr<int32_t>() + which * batch * rows;
-    side.listed = listed->const_data_ptr<int32_t>() + which * batch;
-  }
-  if (mask) {
-    check_per_token("a mask", *mask, ScalarType::Bool, batch, rows);
-    side.mask = mask->const_data_ptr<bool>(), side.mask_sample = broadcast_stride(*mask, 0), side.mask_row = mask->stride(1);
-  }
-  if (scale) {
-    check_per_token("a scale", *scale, ScalarType::Float, batch, rows);
-    side.scale = scale->const_data_ptr<float>(), side.scale_sample = broadcast_stride(*scale, 0), side.scale_row = scale->stride(1);
-  }
-  STD_TORCH_CHECK(place.has_value() == windowed, "places and a window must be given together");
-  if (place) {
-    check_rank("a place", *place, 3);
-    check_dtype("a place", *place, ScalarType::Int);
-    check_broadcast("a place", *place, 0, batch);
-    check_size("a place", *place, 1, rows);
-    check_size("a place", *place, 2, kPlaces);
-    side.place = place->const_data_ptr<int32_t>(), side.place_sample = broadcast_stride(*place, 0);
-    side.place_row = place->stride(1), side.place_axis = place->stride(2);
-  }
-  Description& of = side.of;
-  of.blocks = static_cast<int>((rows + block - 1) / block), of.pitch = of.blocks * block;
-  // copies of 16 bytes begin at factors and places: they come first, and a pitch is a multiple of 64
-  of.factor = words.take<float>(batch * of.pitch), of.shrink = words.take<float>(batch * of.pitch);
-  of.place = words.take<int>(batch * of.pitch * kPlaces);
-  return side;
-}
-
-void take_blocks(Description& of, int64_t batch, Words& words) {
-  of.unusual = words.take<int>(batch * of.blocks), of.bounds = words.take<int>(batch * of.blocks * 2 * kPlaces);
-}
-
 // scratch: (5 pitch + 7 blocks) words a sample for each side, and with splits two more for each of them and slot of a
 void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, OptionalTensor a_mask, OptionalTensor b_mask,
             OptionalTensor a_scale, OptionalTensor b_scale, OptionalTensor a_place, OptionalTensor b_place, int64_t t_low, int64_t t_high,
@@ -98,7 +36,7 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
     p.samples = static_cast<int>(batch), p.width = static_cast<int>(width);
     p.normalize = normalize;
     // whatever float16 holds, its products and squares are float32 numbers
-    p.shrinks = normalize && !std::is_same_v<T, f16>;
+    p.usual = normalize && !std::is_same_v<T, f16> ? kUsual : 0;
     // two places are less than this apart, and so far beyond nothing overflows
     const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
     const int64_t bounds[][2] = {{held(t_low), held(t_high)}, {-held(reach_y), held(reach_y)}, {-held(reach_x), held(reach_x)}};

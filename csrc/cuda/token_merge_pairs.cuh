@@ -4,136 +4,17 @@
 
 #include <type_traits>
 
-#include "token_merge_tiles.cuh"
+#include "token_merge_describe.cuh"
 
 namespace tokenops {
 
-constexpr int kPlaces = 3;       // t, y, x
-constexpr int kRowLanes = 8;     // that read one row together, to find its length
-constexpr int kUsual = 40;       // largest numbers from 2^-40 to 2^40: squares and products of such rows neither overflow nor vanish
-constexpr int kEachSlot = 5;     // words of a description: factor, shrink, place
-constexpr int kEachBlock = 7;    // unusual, bounds
-constexpr int kLowestInt = INT32_MIN, kHighestInt = INT32_MAX;
-
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
-
-// What the search has to know of a grid beside its rows, by slot. A sample has `pitch` slots in `blocks` blocks.
-struct Description {
-  float* factor;  // scale over length; NaN where nobody takes part
-  float* shrink;  // the power of two that makes a row's numbers usual ones
-  int* place;     // [3] planes
-  int* unusual;   // by block: whether one shrink is not 1
-  int* bounds;    // by block: least t, y, x and greatest t, y, x
-  int pitch, blocks;
-};
-
 template <class T>
-struct PairSide {
-  const T* x;
-  int64_t sample, row;
-  bool wide;
-  int rows, slots;        // of a sample; slots are rows without a list
-  const int32_t* list;    // [B, rows] row ids, or null
-  const int32_t* listed;  // [B] how many
-  const bool* mask;
-  int64_t mask_sample, mask_row;
-  const float* scale;
-  int64_t scale_sample, scale_row;
-  const int32_t* place;
-  int64_t place_sample, place_row, place_axis;
-  Description of;
-
-  __device__ Grid<T> grid(int64_t s, int width, bool shrinks) const {
-    const int end = list ? min(listed[s], slots) : slots;
-    return {x + s * sample, row, list ? list + s * rows : nullptr, end, rows, width, wide, shrinks ? of.shrink + s * of.pitch : nullptr};
-  }
-  __device__ bool takes_part(int64_t s, int id) const { return id >= 0 && (!mask || mask[s * mask_sample + id * mask_row]); }
-};
-
-template <class T>
-struct PairArguments {
-  PairSide<T> a, b;
-  int samples, width;
-  bool normalize, shrinks, windowed;
+struct PairArguments : DescribeArguments<T> {
   int64_t low[kPlaces], high[kPlaces];  // where b may be, seen from a
   float* best;                          // [splits, B, slots of a]
   int32_t* index;
-  int splits, first_id, id_step;  // slot s of b without a list is token first_id + s id_step, and row r of it with one
+  int splits, first_id, id_step;  // row r of b is called first_id + r id_step
 };
-
-struct DescribeShared {
-  int partial[kTileWarps];
-};
-
-// A block of slots of a, or one of b.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads) describe(const PairArguments<T> p) {
-  auto& shared = shared_memory<DescribeShared>();
-  const int blocks_a = p.samples * p.a.of.blocks;
-  const bool is_a = static_cast<int>(blockIdx.x) < blocks_a;
-  const PairSide<T>& side = is_a ? p.a : p.b;
-  const int at = is_a ? blockIdx.x : blockIdx.x - blocks_a, size = side.of.pitch / side.of.blocks;
-  const int64_t s = at / side.of.blocks;
-  const int block = at % side.of.blocks, first = block * size;
-  const Grid<T> grid = side.grid(s, p.width, false);
-  bool odd = false;
-  for (int slot = first + threadIdx.x / kRowLanes; slot < first + size; slot += kTileThreads / kRowLanes) {
-    const int id = grid.id(slot);
-    const bool takes_part = side.takes_part(s, id);
-    float factor = takes_part && side.scale ? side.scale[s * side.scale_sample + id * side.scale_row] : 1.0f, usual = 1.0f;
-    if (p.normalize) {
-      const T* row = grid.base + (takes_part ? id * grid.row : 0);
-      const int pieces = takes_part ? p.width / Wide<T>::kCount : 0;
-      const auto for_numbers = [&](const auto& use) {
-        for (int piece = threadIdx.x % kRowLanes; piece < pieces; piece += kRowLanes) {
-          const T* from = row + piece * Wide<T>::kCount;
-          Wide<T> numbers;
-          if (grid.wide)
-            numbers = load_wide(from);
-          else
-            for (int k = 0; k < Wide<T>::kCount; ++k) numbers.at[k] = from[k];
-          for (int k = 0; k < Wide<T>::kCount; ++k) use(to_float(numbers.at[k]));
-        }
-      };
-      float largest = 0.0f, squares = 0.0f;
-      for_numbers([&](float x) { largest = fmaxf(largest, fabsf(x)), squares += x * x; });
-      largest = max_lanes<kRowLanes>(largest);
-      const int exponent = __float_as_int(largest) >> 23;
-      if (p.shrinks && largest > 0.0f && (exponent < 127 - kUsual || exponent > 127 + kUsual)) {
-        odd = true;
-        // the reciprocal of the greatest power of two in it, as far as that is a number
-        usual = __int_as_float((254 - min(max(exponent, 1), 253)) << 23);
-        squares = 0.0f;
-        for_numbers([&](float x) { squares += x * usual * (x * usual); });
-      }
-      squares = sum_lanes<kRowLanes>(squares);
-      // a row of zeros is like nothing
-      factor *= squares == 0.0f ? 0.0f : 1.0f / sqrtf(squares);
-    }
-    if (threadIdx.x % kRowLanes) continue;
-    // a row of a that takes no part is known by its mask: its factor may be NaN for other reasons
-    side.of.factor[s * side.of.pitch + slot] = takes_part ? factor : not_a_number();
-    side.of.shrink[s * side.of.pitch + slot] = usual;
-  }
-  if (p.shrinks) {
-    odd = __syncthreads_or(odd);
-    if (threadIdx.x == 0) side.of.unusual[s * side.of.blocks + block] = odd;
-  }
-  if (!p.windowed) return;
-  const int slot = first + threadIdx.x, id = static_cast<int>(threadIdx.x) < size ? grid.id(slot) : -1;
-  const bool takes_part = side.takes_part(s, id);
-  for (int axis = 0; axis < kPlaces; ++axis) {
-    int place = 0;
-    if (takes_part) place = side.place[s * side.place_sample + id * side.place_row + axis * side.place_axis];
-    if (static_cast<int>(threadIdx.x) < size) side.of.place[(s * kPlaces + axis) * side.of.pitch + slot] = place;
-    const int least = fold_block(takes_part ? place : kHighestInt, shared.partial, [](int x, int y) { return min(x, y); });
-    const int greatest = fold_block(takes_part ? place : kLowestInt, shared.partial, [](int x, int y) { return max(x, y); });
-    if (threadIdx.x) continue;
-    int* bounds = side.of.bounds + s * 2 * kPlaces * side.of.blocks + block;
-    bounds[axis * side.of.blocks] = least, bounds[(kPlaces + axis) * side.of.blocks] = greatest;
-  }
-}
 
 struct Interval {
   int low, high;
@@ -146,9 +27,11 @@ __device__ __forceinline__ Interval interval(int place, int64_t below, int64_t a
   return {static_cast<int>(max(low, static_cast<int64_t>(kLowestInt))), static_cast<int>(min(high, static_cast<int64_t>(kHighestInt)))};
 }
 
+constexpr int kStages = 3;
+
 template <class T>
 struct SearchShared {
-  TileShared<T> tiles;
+  TileShared<T, kStages> tiles;
   alignas(16) float factor[kStages][kRowsB];
 };
 template <class T>
@@ -168,7 +51,7 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
   auto& shared = shared_memory<std::conditional_t<kWindowed, WindowShared<T>, SearchShared<T>>>();
   const int block = blockIdx.x % p.a.of.blocks, share = blockIdx.x / p.a.of.blocks % p.splits;
   const int64_t s = blockIdx.x / p.a.of.blocks / p.splits;
-  const Grid<T> a = p.a.grid(s, p.width, p.shrinks), b = p.b.grid(s, p.width, p.shrinks);
+  const Grid<T> a = p.a.grid(s, p.width, p.usual), b = p.b.grid(s, p.width, p.usual);
   const int a_first = block * kRowsA, tiles = (b.end + kRowsB - 1) / kRowsB, length = (tiles + p.splits - 1) / p.splits;
   const int first = share * length;
   const float* factor = p.b.of.factor + s * p.b.of.pitch;
@@ -201,7 +84,7 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
     return meets;
   };
   bool shrinks = false;
-  if (p.shrinks) {
+  if (p.usual) {
     int odd = threadIdx.x == 0 && p.a.of.unusual[s * p.a.of.blocks + block];
     for (int tile = first + threadIdx.x; tile < last; tile += kTileThreads) odd |= p.b.of.unusual[s * p.b.of.blocks + tile];
     shrinks = __syncthreads_or(odd);

@@ -1,7 +1,7 @@
 // Products of every row of one grid with every row of another, a tile at a time, for whoever looks at each tile once: none is stored.
 //
 // A block has 128 rows of a and walks over tiles of 64 rows of b; a warp has 32 of its rows. Tiles come in chunks of 128 bytes of each row,
-// two chunks under way while a third is multiplied, so that a barrier a chunk is enough. Half types are multiplied by tensor cores, float by
+// some under way while another is multiplied, so that one barrier a chunk is enough. Half types are multiplied by tensor cores, float by
 // ordinary ones, 8 x 8 numbers a thread: TF32 would not be what the other backends compute.
 //
 // A *slot* is a place in the list of rows that take part; without a list slot s is row s.
@@ -15,7 +15,6 @@ constexpr int kTileWarps = 4, kTileThreads = kTileWarps * kWarp;
 constexpr int kWarpRows = 32;
 constexpr int kRowsA = kTileWarps * kWarpRows, kRowsB = 64;
 constexpr int kPieces = 8;  // of 16 bytes, in a chunk of a row
-constexpr int kStages = 3;
 
 template <class T>
 constexpr int kChunk = kPieces * Wide<T>::kCount;  // numbers
@@ -23,8 +22,9 @@ constexpr int kChunk = kPieces * Wide<T>::kCount;  // numbers
 template <class T, int kRows>
 using Chunk = T[kRows][kChunk<T>];
 
-template <class T>
+template <class T, int Stages>
 struct TileShared {
+  static constexpr int kStages = Stages;
   alignas(128) Chunk<T, kRowsA> a[kStages];
   alignas(128) Chunk<T, kRowsB> b[kStages];
 };
@@ -169,9 +169,9 @@ struct Products<float> {
 // Calls use(tile, stage, products) for the tiles of b from `first` to `last` that `meets` lets pass, in ascending order. With a tile's last
 // chunk load(tile, stage) may bring to shared memory what use wants to know of it. `works`: whether this warp's rows are wanted at all.
 // `shrinks`: whether rows are to be multiplied with their shrink, the same for the whole block.
-template <class T, class Meets, class Load, class Use>
-__device__ __forceinline__ void for_tiles(TileShared<T>& shared, const Grid<T>& a, int a_first, const Grid<T>& b, int first, int last,
-                                          bool works, bool shrinks, const Meets& meets, const Load& load, const Use& use) {
+template <class T, int kStages, class Meets, class Load, class Use>
+__device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const Grid<T>& a, int a_first, const Grid<T>& b, int first,
+                                          int last, bool works, bool shrinks, const Meets& meets, const Load& load, const Use& use) {
   const int chunks = (a.width + kChunk<T> - 1) / kChunk<T>;
   // rows of a that fit stay, else they come with each tile again
   const bool stays = chunks <= kStages;

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenops.types import MatchProblem, MergePlan, PairProblem, Window
+from tokenops.types import MatchProblem, MergePlan, PairProblem, SoftMergeGradients, Window
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
 # implemented by csrc/cuda/token_merge.cu. Where there is no place, the window is not read; lists [2, B, N]: which rows of a and b take part
+# soft: what is compared is described in scratch; learned: a temperature on the device, instead of the number
 _PLAN = "Tensor(a!) slot, Tensor(b!) count, Tensor(c!) order, Tensor(d!) offsets, Tensor(e!) scratch"
+_SOFT = "Tensor x, Tensor metric, Tensor meta, float temperature, Tensor? learned, Tensor? mass, bool normalize"
 for _schema in (
     (
         "argmax(Tensor(a!) best, Tensor(b!) index, Tensor(c!) scratch, Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, Tensor? a_scale, "
@@ -25,6 +27,15 @@ for _schema in (
         "Tensor offsets, Tensor? size, str mode) -> ()"
     ),
     "unmerge(Tensor(a!) out, Tensor y, Tensor slot, Tensor order, Tensor offsets, str mode) -> ()",
+    (
+        "soft(Tensor(a!) out, Tensor(b!) mass_out, Tensor(c!) lse, Tensor(d!) scratch, Tensor(e!) terms, Tensor(f!) parts, "
+        f"Tensor(g!) part_sums, {_SOFT}) -> ()"
+    ),
+    (
+        "soft_backward(Tensor(a!)? grad_x, Tensor(b!)? grad_metric, Tensor(c!)? grad_meta, Tensor(d!)? grad_temperature, "
+        "Tensor(e!) scratch, Tensor(f!) terms, Tensor(g!) of_metas, Tensor(h!)? parts, Tensor(i!)? part_sums, Tensor grad_out, "
+        f"Tensor grad_mass, {_SOFT}, Tensor out, Tensor mass_out, Tensor lse) -> ()"
+    ),
 ):
     _library.define(f"token_merge_cuda_{_schema}")
 _cuda = torch.ops.tokenops
@@ -95,6 +106,57 @@ class NativeCUDA:
     def unmerge(self, y: Tensor, plan: MergePlan, mode: str, out: Tensor) -> None:
         _cuda.token_merge_cuda_unmerge(out, y, plan.slot, plan.order, plan.offsets, mode)
 
+    def soft_merge(
+        self,
+        x: Tensor,
+        metric: Tensor,
+        meta: Tensor,
+        temperature: float | Tensor,
+        mass: Tensor | None,
+        normalize: bool,
+        out: Tensor,
+        mass_out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        terms, scratch = lse.new_empty((3, *lse.shape)), _description_scratch(metric, meta)
+        parts, sums = _parts(x, out.shape[1], out.shape[2])
+        problem = x, metric, meta, *_temperature(temperature), mass, normalize
+        _cuda.token_merge_cuda_soft(out, mass_out, lse, scratch, terms, parts, sums, *problem)
+
+    def soft_merge_backward(
+        self,
+        grad_out: Tensor,
+        grad_mass: Tensor,
+        x: Tensor,
+        metric: Tensor,
+        meta: Tensor,
+        temperature: float | Tensor,
+        mass: Tensor | None,
+        normalize: bool,
+        out: Tensor,
+        mass_out: Tensor,
+        lse: Tensor,
+        grads: SoftMergeGradients,
+    ) -> None:
+        out, mass_out, lse, grad_mass = (part.contiguous() for part in (out, mass_out, lse, grad_mass))
+        # it was rounded to x's type before it got here; products want both factors in one type
+        grad_out = grad_out.to(x.dtype)
+        terms, of_metas, scratch = lse.new_empty((3, *lse.shape)), lse.new_empty((3, *mass_out.shape)), _description_scratch(metric, meta)
+        parts = sums = warmth = None
+        if grads.meta is not None:
+            parts, sums = _parts(x, *meta.shape[1:])
+        if grads.temperature is not None:
+            warmth = lse.new_empty((lse.shape[0], -(-lse.shape[1] // ROWS_A)))
+        problem = x, metric, meta, *_temperature(temperature), mass, normalize
+        _cuda.token_merge_cuda_soft_backward(
+            *(grads.x, grads.metric, grads.meta, warmth, scratch, terms, of_metas, parts, sums, grad_out, grad_mass, *problem),
+            *(out, mass_out, lse),
+        )
+        if grads.temperature is not None:
+            torch.sum(warmth, -1, out=grads.temperature)
+        if grads.mass is not None:
+            grads.mass.copy_(terms[2])
+
 
 def search(
     p: PairProblem,
@@ -116,17 +178,41 @@ def search(
     (batch, rows, _), columns = p.a.shape, p.b.shape[1]
     blocks_a, blocks_b = -(-rows // ROWS_A), -(-columns // ROWS_B)
     if splits is None:
-        # two blocks on each processor, but for each two tiles at least
-        splits = max(1, min(2 * _processors(p.a.device) // (batch * blocks_a), blocks_b // 2))
-    each = _EACH_SLOT * (blocks_a * ROWS_A + blocks_b * ROWS_B) + _EACH_BLOCK * (blocks_a + blocks_b) + (2 * splits * rows if splits > 1 else 0)
-    scratch = index.new_empty((batch * each,))
+        splits = _splits(p.a.device, batch * blocks_a, blocks_b)
+    scratch = _description_scratch(p.a, p.b, 2 * splits * rows if splits > 1 else 0)
     tensors = p[:8]
     window = p.window or _NO_WINDOW
     _cuda.token_merge_cuda_argmax(best, index, scratch, *tensors, *window, p.normalize, lists, listed, splits, ids.start, ids.step)
 
 
+def _description_scratch(a: Tensor, b: Tensor, more: int = 0) -> Tensor:
+    """int32, for what the kernels find out about the rows of both grids; ``more`` for each sample."""
+    blocks_a, blocks_b = -(-a.shape[1] // ROWS_A), -(-b.shape[1] // ROWS_B)
+    each = _EACH_SLOT * (blocks_a * ROWS_A + blocks_b * ROWS_B) + _EACH_BLOCK * (blocks_a + blocks_b) + more
+    return torch.empty((a.shape[0] * each,), dtype=torch.int32, device=a.device)
+
+
 def _plan_scratch(slot: Tensor) -> Tensor:
     return slot.new_empty((slot.shape[0], _PLAN_SCRATCH * slot.shape[1]))
+
+
+def _parts(x: Tensor, metas: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Sums over shares of the tokens: [splits, B, M, columns], [splits, B, M]."""
+    batch, tokens, _ = x.shape
+    # two chunks of 128 bytes a block
+    blocks = batch * -(-metas // ROWS_B) * -(-columns * x.element_size() // 256)
+    splits = _splits(x.device, blocks, -(-tokens // ROWS_A))
+    parts = torch.empty((splits, batch, metas, columns), dtype=torch.float32, device=x.device)
+    return parts, parts.new_empty(parts.shape[:3])
+
+
+def _splits(device: torch.device, blocks: int, tiles: int) -> int:
+    """How many blocks share the tiles of one: two on each processor, but two tiles for each at least."""
+    return max(1, min(2 * _processors(device) // max(blocks, 1), tiles // 2))
+
+
+def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
 
 
 def _processors(device: torch.device) -> int:
