@@ -25,7 +25,7 @@ help:
 	@echo "make bench       build, run the benchmark's quick preset on real video (3 minutes at most)"
 	@echo "make test-full   the long tests and the sanitizers too"
 	@echo "make sanitize    the C++ kernels under AddressSanitizer and UBSan"
-	@echo "make gpu-check   compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
+	@echo "make gpu-check   compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
 	@echo "make gpu-test    the tests on a GPU           make gpu-bench   the benchmark on a GPU"
 	@echo "make lint        ruff, clang-format, mypy     make format      let them rewrite"
 
@@ -69,6 +69,7 @@ bench: $(library)
 
 gpu-check: $(environment)
 	$(python) tests/gpu_check.py $(ARGS)
+	$(python) tests/cuda_check.py
 
 gpu-test: $(library)
 	TOKENOPS_TEST_DEVICE=cuda $(python) -m pytest $(ARGS)
