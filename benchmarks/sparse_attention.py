@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
 from tokenops.ops.sparse_attention.arguments import as_problem
 from tokenops.ops.sparse_attention.backends import BACKENDS
 from tokenops.reference import sparse_attention as reference
@@ -183,7 +183,7 @@ def _needs(differentiate: bool, inputs: Inputs) -> tuple[str, ...]:
 
 
 def _objections(problem: AttentionProblem, needs: tuple[str, ...]) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(problem, needs=needs) for backend in BACKENDS}
+    return {backend.name: backend.objections(problem, needs=needs) for backend in ranked(BACKENDS, problem)}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:

@@ -1,8 +1,8 @@
 """Compiles the CUDA C++ kernels with nvcc, without a GPU, and counts what each would use of one.
 
-``python tests/cuda_check.py`` (part of ``make gpu-check``) prints registers and spills of every kernel in csrc/cuda for each architecture, and
-exits with 1 on a spill, on a half-precision kernel without the tensor core instructions it should have, or on an error. That shared memory
-fits is asserted where a kernel asks for it (``shared_memory`` in csrc/cuda/ptx.cuh): more than there is does not compile.
+``python tests/cuda_check.py`` (part of ``make gpu-check``) prints what each kernel in csrc/cuda takes of each architecture. It exits with 1
+on a spill, on a half-precision kernel without the tensor core instructions it should have, or on an error. That shared memory fits is
+asserted where a kernel asks for it (``shared_memory`` in csrc/cuda/ptx.cuh): more than there is does not compile.
 
 Compiling proves typing and resources; numbers are the emulator's (tests/emulator).
 """
