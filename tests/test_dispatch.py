@@ -126,7 +126,7 @@ def test_a_backend_may_lead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "capability", "backend"),
+    ("shape", "dtype", "capability", "first"),
     [
         ((64, 12, 16, 64), torch.float32, (8, 0), "cuda"),
         ((64, 12, 16, 64), torch.bfloat16, (10, 0), "cuda"),
@@ -136,9 +136,9 @@ def test_a_backend_may_lead() -> None:
         ((8, 12, 196, 128), torch.float16, (9, 0), "triton"),
     ],
 )
-def test_preference_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int], backend: str) -> None:
+def test_preference_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int], first: str) -> None:
     problem = problem_of(dict.fromkeys(("query", "key", "value"), torch.empty(shape, dtype=dtype, device="meta")))
-    assert preference.rule_for("sparse_attention", capability, (problem,)).backend == backend
+    assert preference.rule_for("sparse_attention", capability, (problem,)).backend == first
 
 
 def test_every_room_has_a_rule_for_all_others() -> None:
