@@ -5,6 +5,7 @@
 #include "token_merge_tiles.cuh"
 
 namespace tokenops {
+namespace {
 
 constexpr int kPlaces = 3;    // t, y, x
 constexpr int kRowLanes = 8;  // that read one row together, to find its length
@@ -127,4 +128,5 @@ __global__ void __launch_bounds__(kTileThreads) describe(const DescribeArguments
   }
 }
 
+}  // namespace
 }  // namespace tokenops

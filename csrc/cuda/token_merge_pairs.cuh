@@ -7,6 +7,7 @@
 #include "token_merge_describe.cuh"
 
 namespace tokenops {
+namespace {
 
 template <class T>
 struct PairArguments : DescribeArguments<T> {
@@ -161,4 +162,5 @@ __global__ void __launch_bounds__(kTileThreads) best_of_shares(const ShareArgume
   p.index[at] = index;
 }
 
+}  // namespace
 }  // namespace tokenops

@@ -10,6 +10,7 @@
 #include "device.cuh"
 
 namespace tokenops {
+namespace {
 
 constexpr int kMostWarps = 32;
 constexpr int kDigits = 256, kDigitBits = 8;
@@ -260,4 +261,5 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) list_roles(const ListArgume
   if (threadIdx.x == 0) p.listed[list * p.samples + s] = listed;
 }
 
+}  // namespace
 }  // namespace tokenops

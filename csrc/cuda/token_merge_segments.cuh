@@ -7,6 +7,7 @@
 #include "device.cuh"
 
 namespace tokenops {
+namespace {
 
 enum class MergeMode { sum, mean, amax, keep };  // keep: the destination's own row
 
@@ -215,4 +216,5 @@ __global__ void __launch_bounds__(kSegmentThreads) unmerge_rows(const SegmentArg
     store_run<kAligned>(p.result.at(mine.s, mine.row), column, p.width, here ? load_run<kAligned>(from, column, p.width) : Wide<T>{});
 }
 
+}  // namespace
 }  // namespace tokenops

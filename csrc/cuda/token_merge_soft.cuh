@@ -9,6 +9,7 @@
 #include "token_merge_describe.cuh"
 
 namespace tokenops {
+namespace {
 
 constexpr int kTokens = kRowsA, kMetas = kRowsB;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -468,4 +469,5 @@ __global__ void __launch_bounds__(kTileThreads) finish(const FinishArguments<T> 
   }
 }
 
+}  // namespace
 }  // namespace tokenops

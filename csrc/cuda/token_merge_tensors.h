@@ -7,6 +7,7 @@
 #include "token_merge_describe.cuh"
 
 namespace tokenops {
+namespace {
 
 inline void check_tokens(const char* name, const Tensor& t) {
   check_rank(name, t, 3);
@@ -115,4 +116,5 @@ inline void take_blocks(Description& of, int64_t batch, Words& words) {
 // squares and products of rows with such exponents neither overflow nor vanish
 constexpr int kUsual = 40;
 
+}  // namespace
 }  // namespace tokenops

@@ -10,6 +10,7 @@
 #include "device.cuh"
 
 namespace tokenops {
+namespace {
 
 constexpr int kTileWarps = 4, kTileThreads = kTileWarps * kWarp;
 constexpr int kWarpRows = 32;
@@ -223,4 +224,5 @@ __device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const 
   }
 }
 
+}  // namespace
 }  // namespace tokenops
