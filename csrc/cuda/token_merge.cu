@@ -44,13 +44,13 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
     p.splits = static_cast<int>(splits), p.first_id = static_cast<int>(first_id), p.id_step = static_cast<int>(id_step);
     p.best = splits > 1 ? words.take<float>(splits * batch * rows) : best.mutable_data_ptr<float>();
     p.index = splits > 1 ? words.take<int32_t>(splits * batch * rows) : index.mutable_data_ptr<int32_t>();
-    launch(a, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kTileThreads, sizeof(DescribeShared), p);
-    launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kTileThreads,
+    launch(a, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kDescribeThreads, sizeof(DescribeShared), p);
+    launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kSearchThreads,
            p.windowed ? sizeof(WindowShared<T>) : sizeof(SearchShared<T>), p);
     if (splits == 1) return;
     const ShareArguments shares{p.best, p.a.of.factor, p.index, best.mutable_data_ptr<float>(), index.mutable_data_ptr<int32_t>(),
                                 p.samples, p.a.slots, p.a.of.pitch, p.splits};
-    launch(a, best_of_shares, (batch * rows + kTileThreads - 1) / kTileThreads, kTileThreads, 0, shares);
+    launch(a, best_of_shares, (batch * rows + kSearchThreads - 1) / kSearchThreads, kSearchThreads, 0, shares);
   });
 }
 

@@ -7,6 +7,7 @@
 namespace tokenops {
 namespace {
 
+constexpr int kDescribeThreads = kRowsA;  // a slot each, for what is one number a slot
 constexpr int kPlaces = 3;    // t, y, x
 constexpr int kRowLanes = 8;  // that read one row together, to find its length
 constexpr int kLowestInt = INT32_MIN, kHighestInt = INT32_MAX;
@@ -56,12 +57,12 @@ struct DescribeArguments {
 };
 
 struct DescribeShared {
-  int partial[kTileWarps];
+  int partial[kDescribeThreads / kWarp];
 };
 
 // A block of slots of a, or one of b.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) describe(const DescribeArguments<T> p) {
+__global__ void __launch_bounds__(kDescribeThreads) describe(const DescribeArguments<T> p) {
   auto& shared = shared_memory<DescribeShared>();
   const int blocks_a = p.samples * p.a.of.blocks;
   const bool is_a = static_cast<int>(blockIdx.x) < blocks_a;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads) describe(const DescribeArguments
   const int block = at % side.of.blocks, first = block * size;
   const Grid<T> grid = side.grid(s, p.width, false);
   bool odd = false;
-  for (int slot = first + threadIdx.x / kRowLanes; slot < first + size; slot += kTileThreads / kRowLanes) {
+  for (int slot = first + threadIdx.x / kRowLanes; slot < first + size; slot += kDescribeThreads / kRowLanes) {
     const int id = grid.id(slot);
     const bool takes_part = side.takes_part(s, id);
     float factor = takes_part && side.scale ? side.scale[s * side.scale_sample + id * side.scale_row] : 1.0f, usual = 1.0f;

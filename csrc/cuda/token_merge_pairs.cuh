@@ -29,17 +29,20 @@ __device__ __forceinline__ Interval interval(int place, int64_t below, int64_t a
 }
 
 constexpr int kStages = 3;
+template <class T>
+using SearchTiles = TileShared<T, kStages, 2>;
+constexpr int kSearchThreads = SearchTiles<float>::kThreads;
 
 template <class T>
 struct SearchShared {
-  TileShared<T, kStages> tiles;
+  SearchTiles<T> tiles;
   alignas(16) float factor[kStages][kRowsB];
 };
 template <class T>
 struct WindowShared : SearchShared<T> {
   alignas(16) int place[kStages][kPlaces][kRowsB];
   Interval near[kPlaces][kRowsA];
-  int partial[kTileWarps];
+  int partial[kSearchThreads / kWarp];
 };
 // how many blocks a processor has memory for
 template <bool kWindowed>
@@ -47,8 +50,8 @@ constexpr int kSearchBlocks = kWindowed ? 2 : 3;
 
 // A block of slots of a, and a share of the tiles of b.
 template <class T, bool kWindowed>
-__global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search(const PairArguments<T> p) {
-  using Own = Products<T>;
+__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) search(const PairArguments<T> p) {
+  using Own = Products<T, SearchTiles<T>::kTiles>;
   auto& shared = shared_memory<std::conditional_t<kWindowed, WindowShared<T>, SearchShared<T>>>();
   const int block = blockIdx.x % p.a.of.blocks, share = blockIdx.x / p.a.of.blocks % p.splits;
   const int64_t s = blockIdx.x / p.a.of.blocks / p.splits;
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
   const int* place = p.b.of.place + s * kPlaces * p.b.of.pitch;
   const int* bounds = p.b.of.bounds + s * 2 * kPlaces * p.b.of.blocks;
 
-  // one row a thread: who takes part, and what is near
+  // one row a thread, and so a warp's own rows: who takes part, and what is near
+  static_assert(kSearchThreads == kRowsA);
   const int mine = a_first + threadIdx.x;
   const bool takes_part = p.a.takes_part(s, a.id(mine));
   // lane l stands for row l of the warp
@@ -87,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
   bool shrinks = false;
   if (p.usual) {
     int odd = threadIdx.x == 0 && p.a.of.unusual[s * p.a.of.blocks + block];
-    for (int tile = first + threadIdx.x; tile < last; tile += kTileThreads) odd |= p.b.of.unusual[s * p.b.of.blocks + tile];
+    for (int tile = first + threadIdx.x; tile < last; tile += kSearchThreads) odd |= p.b.of.unusual[s * p.b.of.blocks + tile];
     shrinks = __syncthreads_or(odd);
   }
 
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
     for (int i = 0; i < Own::kOwnRows; ++i) {
       Interval near[kPlaces] = {};
       if constexpr (kWindowed)
-        for (int axis = 0; axis < kPlaces; ++axis) near[axis] = shared.near[axis][warp_id() * kWarpRows + Own::row(i)];
+        for (int axis = 0; axis < kPlaces; ++axis) near[axis] = shared.near[axis][warp_id() * kWarp + Own::row(i)];
 #pragma unroll
       for (int j = 0; j < Own::kOwnColumns; ++j) {
         const int column = Own::column(j);
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, kSearchBlocks<kWindowed>) search
   for (int i = 0; i < Own::kOwnRows; ++i) {
     const float top = max_lanes<Own::kSharers>(best[i]);
     const int lowest = fold_lanes<Own::kSharers>(best[i] == top ? winner[i] : kHighestInt, [](int x, int y) { return min(x, y); });
-    const int row = Own::row(i), slot = a_first + warp_id() * kWarpRows + row;
+    const int row = Own::row(i), slot = a_first + warp_id() * kWarp + row;
     if (lane_id() % Own::kSharers || slot >= p.a.slots) continue;
     const bool won = wanted >> row & 1 && lowest < kHighestInt;
     const int64_t at = (share * static_cast<int64_t>(p.samples) + s) * p.a.slots + slot;
@@ -149,8 +153,8 @@ struct ShareArguments {
 };
 
 // The winner of the shares' winners, the first of several. A thread a row.
-__global__ void __launch_bounds__(kTileThreads) best_of_shares(const ShareArguments p) {
-  const int64_t count = static_cast<int64_t>(p.samples) * p.slots, at = blockIdx.x * static_cast<int64_t>(kTileThreads) + threadIdx.x;
+__global__ void __launch_bounds__(kSearchThreads) best_of_shares(const ShareArguments p) {
+  const int64_t count = static_cast<int64_t>(p.samples) * p.slots, at = blockIdx.x * static_cast<int64_t>(kSearchThreads) + threadIdx.x;
   if (at >= count) return;
   float best = -infinity();
   int32_t index = -1;

@@ -78,7 +78,7 @@ struct SoftCall {
 
   template <class T>
   void describe_rows(const SoftArguments<T>& p) const {
-    launch(x, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kTileThreads, sizeof(DescribeShared),
+    launch(x, describe<T>, batch * (p.a.of.blocks + p.b.of.blocks), kDescribeThreads, sizeof(DescribeShared),
            static_cast<const DescribeArguments<T>&>(p));
   }
 
@@ -89,7 +89,7 @@ struct SoftCall {
     // without a result only the first block of columns has something to do
     p.blocks = kByMeta || p.result ? static_cast<int>((columns + kColumns - 1) / kColumns) : 1;
     const int64_t blocks = batch * (kByMeta ? p.b.of.blocks : p.a.of.blocks) * p.blocks * p.splits;
-    launch(x, gather<T, kByMeta, kGradient>, blocks, kTileThreads, sizeof(GatherShared<T, kByMeta>), p);
+    launch(x, gather<T, kByMeta, kGradient>, blocks, kSoftThreads, sizeof(GatherShared<T, kByMeta>), p);
   }
 
   // by meta token: parts [splits, B, M, columns] and their sums [splits, B, M], then the result
@@ -102,7 +102,7 @@ struct SoftCall {
     f.p.part = parts.mutable_data_ptr<float>(), f.p.part_sum = part_sums.mutable_data_ptr<float>();
     f.p.splits = static_cast<int>(splits), f.p.columns = static_cast<int>(columns);
     run_gather<true, kGradient>(f.p, columns);
-    launch(x, finish<T>, (batch * metas + kTileWarps - 1) / kTileWarps, kTileThreads, 0, f);
+    launch(x, finish<T>, (batch * metas + kSoftWarps - 1) / kSoftWarps, kSoftThreads, 0, f);
   }
 };
 
@@ -115,7 +115,7 @@ void soft(Tensor out, Tensor mass_out, Tensor lse, Tensor scratch, Tensor terms,
     using T = decltype(number);
     const SoftArguments<T> p = call.arguments<T>(temperature, learned, mass, normalize, lse, terms, scratch);
     call.describe_rows(p);
-    launch(x, token_softmax<T>, call.batch * p.a.of.blocks, kTileThreads, sizeof(TileShared<T, 3>), p);
+    launch(x, token_softmax<T>, call.batch * p.a.of.blocks, kSoftThreads, sizeof(SoftTiles<T, 3>), p);
     const FinishArguments<T> f{p, out.mutable_data_ptr<float>(), mass_out.mutable_data_ptr<float>(), nullptr};
     call.run_by_meta<false>(f, parts, part_sums, call.channels);
   });
@@ -151,8 +151,8 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
     const MetaArguments<T> metas{p.grad_out.base, p.grad_out.sample, p.grad_out.row, out.const_data_ptr<float>(),
                                  mass_out.const_data_ptr<float>(), grad_mass.const_data_ptr<float>(), p.divisor, p.added, p.open,
                                  p.samples, p.metas, static_cast<int>(call.channels)};
-    launch(x, meta_terms<T>, (call.batch * call.metas + kTileWarps - 1) / kTileWarps, kTileThreads, 0, metas);
-    launch(x, token_terms<T>, call.batch * p.a.of.blocks, kTileThreads, sizeof(TermsShared<T>), p);
+    launch(x, meta_terms<T>, (call.batch * call.metas + kSoftWarps - 1) / kSoftWarps, kSoftThreads, 0, metas);
+    launch(x, token_terms<T>, call.batch * p.a.of.blocks, kSoftThreads, sizeof(TermsShared<T>), p);
     if (grad_metric || grad_temperature) {
       SoftArguments<T> of_metric = p;
       of_metric.result = result(grad_metric);

@@ -12,6 +12,11 @@ namespace tokenops {
 namespace {
 
 constexpr int kTokens = kRowsA, kMetas = kRowsB;
+template <class T, int kStages>
+using SoftTiles = TileShared<T, kStages, 1>;
+template <class T>
+using Scores = Products<T, 1>;
+constexpr int kSoftThreads = SoftTiles<float, 1>::kThreads, kSoftWarps = kSoftThreads / kWarp, kWarpRows = SoftTiles<float, 1>::kWarpRows;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // rows of a grid that are not compared
@@ -61,9 +66,9 @@ struct All {
 
 // What tokens know of all their scores: origin, weight, lse. A block of tokens.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 2) token_softmax(const SoftArguments<T> p) {
-  using Own = Products<T>;
-  auto& shared = shared_memory<TileShared<T, 3>>();
+__global__ void __launch_bounds__(kSoftThreads) token_softmax(const SoftArguments<T> p) {
+  using Own = Scores<T>;
+  auto& shared = shared_memory<SoftTiles<T, 3>>();
   const int block = blockIdx.x % p.a.of.blocks, n_first = block * kTokens;
   const int64_t s = blockIdx.x / p.a.of.blocks;
   const float cool = p.coolness() * kLog2e;
@@ -119,13 +124,18 @@ struct TileTerms {
 template <class T, bool kGradient>
 __device__ __forceinline__ void load_terms(TileTerms& terms, const SoftArguments<T>& p, int64_t s, int n_first, int m_first,
                                            bool of_results) {
-  const int i = threadIdx.x, n = n_first + i, m = m_first + i;
-  const bool is_token = n < p.tokens;
-  // outside, a weight of 0
-  terms.factor[i] = is_token ? p.a.of.factor[s * p.a.of.pitch + n] : 0.0f;
-  terms.origin[i] = is_token ? p.origin[s * p.tokens + n] : 0.0f;
-  terms.weight[i] = is_token ? p.weight[s * p.tokens + n] : 0.0f;
-  if (kGradient) terms.share[i] = is_token ? p.share[s * p.tokens + n] : 0.0f;
+  static_assert(kSoftThreads >= kTokens + kMetas);
+  if (static_cast<int>(threadIdx.x) < kTokens) {
+    const int i = threadIdx.x, n = n_first + i;
+    const bool is_token = n < p.tokens;
+    // outside, a weight of 0
+    terms.factor[i] = is_token ? p.a.of.factor[s * p.a.of.pitch + n] : 0.0f;
+    terms.origin[i] = is_token ? p.origin[s * p.tokens + n] : 0.0f;
+    terms.weight[i] = is_token ? p.weight[s * p.tokens + n] : 0.0f;
+    if (kGradient) terms.share[i] = is_token ? p.share[s * p.tokens + n] : 0.0f;
+    return;
+  }
+  const int i = threadIdx.x - kTokens, m = m_first + i;
   if (i >= kMetas) return;
   const bool is_meta = m < p.metas;
   terms.meta_factor[i] = is_meta ? p.b.of.factor[s * p.b.of.pitch + m] : 0.0f;
@@ -137,13 +147,13 @@ __device__ __forceinline__ void load_terms(TileTerms& terms, const SoftArguments
 
 // Products of 128 rows of a with 64 of b. The block's warps may still be at what was in shared memory before.
 template <class T, int kStages>
-__device__ __forceinline__ void multiply(Products<T>& result, TileShared<T, kStages>& shared, const Grid<T>& a, int a_first,
+__device__ __forceinline__ void multiply(Scores<T>& result, SoftTiles<T, kStages>& shared, const Grid<T>& a, int a_first,
                                          const Grid<T>& b, int tile, bool shrinks) {
-  for_tiles(shared, a, a_first, b, tile, tile + 1, true, shrinks, All{}, NoLoad{}, [&](int, int, Products<T>& products) {
+  for_tiles(shared, a, a_first, b, tile, tile + 1, true, shrinks, All{}, NoLoad{}, [&](int, int, Scores<T>& products) {
 #pragma unroll
-    for (int i = 0; i < Products<T>::kOwnRows; ++i)
+    for (int i = 0; i < Scores<T>::kOwnRows; ++i)
 #pragma unroll
-      for (int j = 0; j < Products<T>::kOwnColumns; ++j) result.at(i, j) = products.at(i, j);
+      for (int j = 0; j < Scores<T>::kOwnColumns; ++j) result.at(i, j) = products.at(i, j);
   });
 }
 
@@ -157,8 +167,8 @@ struct MetaArguments {
   int samples, metas, channels;
 };
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) meta_terms(const MetaArguments<T> p) {
-  const int64_t at = blockIdx.x * static_cast<int64_t>(kTileWarps) + warp_id();
+__global__ void __launch_bounds__(kSoftThreads) meta_terms(const MetaArguments<T> p) {
+  const int64_t at = blockIdx.x * static_cast<int64_t>(kSoftWarps) + warp_id();
   if (at >= static_cast<int64_t>(p.samples) * p.metas) return;
   const T* grad = p.grad_out + at / p.metas * p.grad_sample + at % p.metas * p.grad_row;
   float product = 0.0f;
@@ -174,23 +184,22 @@ __global__ void __launch_bounds__(kTileThreads) meta_terms(const MetaArguments<T
 
 template <class T>
 struct TermsShared {
-  TileShared<T, 3> tiles;
+  SoftTiles<T, 3> tiles;
   TileTerms terms;
 };
 
 // What the softmax's gradient needs of all scores of a token. A block of tokens.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 2) token_terms(const SoftArguments<T> p) {
-  using Own = Products<T>;
+__global__ void __launch_bounds__(kSoftThreads) token_terms(const SoftArguments<T> p) {
+  using Own = Scores<T>;
   auto& shared = shared_memory<TermsShared<T>>();
   const TileTerms& terms = shared.terms;
   const int block = blockIdx.x % p.a.of.blocks, n_first = block * kTokens;
   const int64_t s = blockIdx.x / p.a.of.blocks;
   const float cool = p.coolness() * kLog2e;
   // the origin is lse, so that weights are shares of one; a thread loads the term that it wrote
-  static_assert(kTileThreads == kTokens);
   const int mine = n_first + threadIdx.x;
-  if (mine < p.tokens) p.origin[s * p.tokens + mine] = p.lse[s * p.tokens + mine] * kLog2e;
+  if (static_cast<int>(threadIdx.x) < kTokens && mine < p.tokens) p.origin[s * p.tokens + mine] = p.lse[s * p.tokens + mine] * kLog2e;
   float total[Own::kOwnRows] = {}, along[Own::kOwnRows] = {};
   for (int tile = 0; tile < p.b.of.blocks; ++tile) {
     const int m_first = tile * kMetas;
@@ -225,35 +234,29 @@ __global__ void __launch_bounds__(kTileThreads, 2) token_terms(const SoftArgumen
   }
 }
 
-// A warp's sums over `depth` of left [32, depth] times right [depth, a chunk]: a thread has rows as of Products, and some columns.
+// A warp's sums over `depth` of left [16, depth] times right [depth, a chunk]: a thread has rows as of Products, and some columns.
 template <class T>
 struct Sums {
-  static constexpr int kOwnRows = 4, kOwnColumns = 16;
-  float sum[2][8][4] = {};
-  __device__ static int row(int i) { return Products<T>::row(i); }
-  __device__ static int column(int j) { return Products<T>::column(j); }
-  __device__ float at(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  static constexpr int kOwnRows = Scores<T>::kOwnRows, kOwnColumns = 16;
+  float sum[8][4] = {};
+  __device__ static int row(int i) { return Scores<T>::row(i); }
+  __device__ static int column(int j) { return Scores<T>::column(j); }
+  __device__ float at(int i, int j) const { return sum[j / 2][i * 2 + j % 2]; }
 
   template <int kRows, int kDepth>
   __device__ void add(const Chunk<T, kRows>* left, int first, const Chunk<T, kDepth>& right) {
     const int lane = lane_id();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      uint32_t of_left[2][4], of_right[4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const int row = first + m * 16 + lane % 16;
-        ldmatrix(of_left[m], &left[k / kChunk<T>][row][swizzled(row, k % kChunk<T> / 8 + lane / 16) * 8]);
-      }
+      uint32_t of_left[4], of_right[4];
+      const int at = first + lane % 16;
+      ldmatrix(of_left, &left[k / kChunk<T>][at][swizzled(at, k % kChunk<T> / 8 + lane / 16) * 8]);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int row = k + lane % 16;
         ldmatrix_transposed(of_right, &right[row][swizzled(row, n * 2 + lane / 16) * 8]);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma<T>(sum[m][n * 2], of_left[m], of_right[0], of_right[1]);
-          mma<T>(sum[m][n * 2 + 1], of_left[m], of_right[2], of_right[3]);
-        }
+        mma<T>(sum[n * 2], of_left, of_right[0], of_right[1]);
+        mma<T>(sum[n * 2 + 1], of_left, of_right[2], of_right[3]);
       }
     }
   }
@@ -261,9 +264,9 @@ struct Sums {
 
 template <>
 struct Sums<float> {
-  static constexpr int kOwnRows = 8, kOwnColumns = 4;
-  float sum[8][4] = {};
-  __device__ static int row(int i) { return Products<float>::row(i); }
+  static constexpr int kOwnRows = Scores<float>::kOwnRows, kOwnColumns = 4;
+  float sum[kOwnRows][kOwnColumns] = {};
+  __device__ static int row(int i) { return Scores<float>::row(i); }
   __device__ static int column(int j) { return lane_id() % 8 * 4 + j; }
   __device__ float at(int i, int j) const { return sum[i][j]; }
 
@@ -296,7 +299,7 @@ __device__ __forceinline__ void put(Chunk<T, kRows>* tile, int row, int column, 
   tile[column / kChunk<T>][row][swizzled(row, within / kCount) * kCount + within % kCount] = from_float<T>(x);
 }
 
-// Of a result by meta tokens a block has 64 rows and two chunks of columns, which leaves each warp 32 rows and a chunk, as it has of a result
+// Of a result by meta tokens a block has 64 rows and two chunks of columns, which leaves each warp 16 rows and a chunk, as it has of a result
 // by tokens: there a block has 128 rows and one chunk.
 template <bool kByMeta>
 constexpr int kResultRows = kByMeta ? kMetas : kTokens;
@@ -307,20 +310,20 @@ constexpr int kResultChunks = kByMeta ? 2 : 1;
 
 template <class T, bool kByMeta>
 struct GatherShared {
-  TileShared<T, 2> tiles;
+  SoftTiles<T, 2> tiles;
   TileTerms terms;
   alignas(128) Chunk<T, kResultRows<kByMeta>> left[kDepth<kByMeta> / kChunk<T>];
   alignas(128) Chunk<T, kDepth<kByMeta>> right[kResultChunks<kByMeta>];
-  float sums[kTileWarps][kMetas];
-  float partial[kTileWarps];
+  float sums[kSoftWarps][kMetas];
+  float partial[kSoftWarps];
 };
 
 // Sums of rows times weights, or times gradients of similarities:
 // by meta token, over tokens: merged rows (of x), gradients of meta (of metric); by token, over meta tokens: gradients of x (of grad_out),
 // of metric (of meta).
 template <class T, bool kByMeta, bool kGradient>
-__global__ void __launch_bounds__(kTileThreads, 1) gather(const SoftArguments<T> p) {
-  using Own = Products<T>;
+__global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p) {
+  using Own = Scores<T>;
   auto& shared = shared_memory<GatherShared<T, kByMeta>>();
   const TileTerms& terms = shared.terms;
   constexpr int kChunks = kResultChunks<kByMeta>;
@@ -335,7 +338,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) gather(const SoftArguments<T>
   Sums<T> sums;
   // of gradients times similarities, by row of the result; of weights where there are no gradients
   float along[kByMeta ? Own::kOwnColumns : Own::kOwnRows] = {}, warmth = 0.0f;
-  const int my_rows = kByMeta ? warp_id() % 2 * kWarpRows : warp_id() * kWarpRows, my_chunk = kByMeta ? warp_id() / 2 : 0;
+  const int my_chunk = warp_id() * kWarpRows / kResultRows<kByMeta>, my_rows = warp_id() * kWarpRows % kResultRows<kByMeta>;
 
   for (int tile = first; tile < last; ++tile) {
     const int token_block = kByMeta ? tile : block, meta_block = kByMeta ? block : tile;
@@ -346,13 +349,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) gather(const SoftArguments<T>
     load_terms<T, kGradient>(shared.terms, p, s, n_first, m_first, !kByMeta || kGradient);
     // belongs to the first group of the products' copies
     for (int c = 0; c < kChunks; ++c)
-      load_chunk<T, kDepth<kByMeta>>(shared.right[c], right, tile * kDepth<kByMeta>, part * kChunks + c);
+      load_chunk<kSoftThreads>(shared.right[c], right, tile * kDepth<kByMeta>, part * kChunks + c);
     Own scores, grads;
     multiply(scores, shared.tiles, metric, n_first, meta, meta_block, shrinks);
     if constexpr (kGradient) {
       if (shrinks)
         for (int c = 0; c < kChunks; ++c)
-          shrink_chunk<T, kDepth<kByMeta>>(shared.right[c], right.shrink + tile * kDepth<kByMeta>);
+          shrink_chunk<kSoftThreads>(shared.right[c], right.shrink + tile * kDepth<kByMeta>);
       __syncthreads();
       multiply(grads, shared.tiles, x, n_first, grad_out, meta_block, false);
     }
@@ -407,7 +410,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) gather(const SoftArguments<T>
     const int m = block * kMetas + threadIdx.x;
     if (part || static_cast<int>(threadIdx.x) >= kMetas || m >= p.metas) return;
     float sum = 0.0f;
-    for (int warp = 0; warp < kTileWarps; ++warp) sum += shared.sums[warp][threadIdx.x];
+    for (int warp = 0; warp < kSoftWarps; ++warp) sum += shared.sums[warp][threadIdx.x];
     p.part_sum[sample + m] = sum;
   } else {
 #pragma unroll
@@ -446,9 +449,9 @@ struct FinishArguments {
 
 // Adds up the parts of a row, which is a warp's.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) finish(const FinishArguments<T> f) {
+__global__ void __launch_bounds__(kSoftThreads) finish(const FinishArguments<T> f) {
   const SoftArguments<T>& p = f.p;
-  const int64_t rows = static_cast<int64_t>(p.samples) * p.metas, at = blockIdx.x * static_cast<int64_t>(kTileWarps) + warp_id();
+  const int64_t rows = static_cast<int64_t>(p.samples) * p.metas, at = blockIdx.x * static_cast<int64_t>(kSoftWarps) + warp_id();
   if (at >= rows) return;
   const int64_t s = at / p.metas, m = at % p.metas;
   float sum = 0.0f;

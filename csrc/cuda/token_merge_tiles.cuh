@@ -1,8 +1,8 @@
 // Products of every row of one grid with every row of another, a tile at a time, for whoever looks at each tile once: none is stored.
 //
-// A block has 128 rows of a and walks over tiles of 64 rows of b; a warp has 32 of its rows. Tiles come in chunks of 128 bytes of each row,
+// A block has 128 rows of a and walks over tiles of 64 rows of b; a warp has 16 or 32 of its rows. Tiles come in chunks of 128 bytes of each row,
 // some under way while another is multiplied, so that one barrier a chunk is enough. Half types are multiplied by tensor cores, float by
-// ordinary ones, 8 x 8 numbers a thread: TF32 would not be what the other backends compute.
+// ordinary ones, 4 x 8 or 8 x 8 numbers a thread: TF32 would not be what the other backends compute.
 //
 // A *slot* is a place in the list of rows that take part; without a list slot s is row s.
 #pragma once
@@ -12,9 +12,7 @@
 namespace tokenops {
 namespace {
 
-constexpr int kTileWarps = 4, kTileThreads = kTileWarps * kWarp;
-constexpr int kWarpRows = 32;
-constexpr int kRowsA = kTileWarps * kWarpRows, kRowsB = 64;
+constexpr int kRowsA = 128, kRowsB = 64;
 constexpr int kPieces = 8;  // of 16 bytes, in a chunk of a row
 
 template <class T>
@@ -23,9 +21,11 @@ constexpr int kChunk = kPieces * Wide<T>::kCount;  // numbers
 template <class T, int kRows>
 using Chunk = T[kRows][kChunk<T>];
 
-template <class T, int Stages>
+// kTiles: of 16 rows, that a warp has. Two read b half as often; one leaves registers for other sums beside the products.
+template <class T, int Stages, int Tiles>
 struct TileShared {
-  static constexpr int kStages = Stages;
+  static constexpr int kStages = Stages, kTiles = Tiles, kWarpRows = 16 * kTiles;
+  static constexpr int kWarps = kRowsA / kWarpRows, kThreads = kWarps * kWarp;
   alignas(128) Chunk<T, kRowsA> a[kStages];
   alignas(128) Chunk<T, kRowsB> b[kStages];
 };
@@ -53,11 +53,11 @@ struct Grid {
 // Where a piece of a row stands: rows of a multiple of 128 bytes would share their banks without it.
 __device__ __forceinline__ int swizzled(int row, int piece) { return piece ^ (row % kPieces); }
 
-template <class T, int kRows>
+template <int kThreads, class T, int kRows>
 __device__ __forceinline__ void load_chunk(Chunk<T, kRows>& to, const Grid<T>& from, int first, int chunk) {
   constexpr int kCount = Wide<T>::kCount;
 #pragma unroll
-  for (int i = threadIdx.x; i < kRows * kPieces; i += kTileThreads) {
+  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces, column = chunk * kChunk<T> + piece * kCount;
     const int id = from.id(first + row);
     const bool there = id >= 0 && column < from.width;
@@ -76,10 +76,10 @@ __device__ __forceinline__ void load_chunk(Chunk<T, kRows>& to, const Grid<T>& f
 }
 
 // a product with a power of two: exact in the number's own type
-template <class T, int kRows>
+template <int kThreads, class T, int kRows>
 __device__ void shrink_chunk(Chunk<T, kRows>& rows, const float* shrink) {
   constexpr int kCount = Wide<T>::kCount;
-  for (int i = threadIdx.x; i < kRows * kPieces; i += kTileThreads) {
+  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
     T* at = &rows[i / kPieces][i % kPieces * kCount];
     const float by = shrink[i / kPieces];
     if (by == 1.0f) continue;
@@ -89,12 +89,12 @@ __device__ void shrink_chunk(Chunk<T, kRows>& rows, const float* shrink) {
   }
 }
 
-// A thread's share of the products of 32 rows of a with 64 of b: kOwnRows rows and kOwnColumns columns, both ascending. kSharers
+// A thread's share of the products of a warp's rows of a with 64 of b: kOwnRows rows and kOwnColumns columns, both ascending. kSharers
 // neighbouring lanes have the same rows.
-template <class T>
+template <class T, int kTiles>
 struct Products {
-  static constexpr int kOwnRows = 4, kOwnColumns = 16, kSharers = 4;
-  float sum[2][8][4];
+  static constexpr int kOwnRows = 2 * kTiles, kOwnColumns = 16, kSharers = 4;
+  float sum[kTiles][8][4];
 
   __device__ static int row(int i) { return i / 2 * 16 + i % 2 * 8 + lane_id() / 4; }
   __device__ static int column(int j) { return j / 2 * 8 + lane_id() % 4 * 2 + j % 2; }
@@ -112,9 +112,9 @@ struct Products {
     const int lane = lane_id();
 #pragma unroll
     for (int k = 0; k < kPieces; k += 2) {
-      uint32_t of_a[2][4], of_b[4];
+      uint32_t of_a[kTiles][4], of_b[4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int m = 0; m < kTiles; ++m) {
         const int row = first + m * 16 + lane % 16;
         ldmatrix(of_a[m], &a[row][swizzled(row, k + lane / 16) * 8]);
       }
@@ -123,7 +123,7 @@ struct Products {
         const int row = n * 16 + lane / 16 * 8 + lane % 8;
         ldmatrix(of_b, &b[row][swizzled(row, k + lane / 8 % 2) * 8]);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < kTiles; ++m) {
           mma<T>(sum[m][n * 2], of_a[m], of_b[0], of_b[1]);
           mma<T>(sum[m][n * 2 + 1], of_a[m], of_b[2], of_b[3]);
         }
@@ -132,10 +132,10 @@ struct Products {
   }
 };
 
-template <>
-struct Products<float> {
-  static constexpr int kOwnRows = 8, kOwnColumns = 8, kSharers = 8;
-  float sum[8][8];
+template <int kTiles>
+struct Products<float, kTiles> {
+  static constexpr int kOwnRows = 4 * kTiles, kOwnColumns = 8, kSharers = 8;
+  float sum[kOwnRows][kOwnColumns];
 
   __device__ static int row(int i) { return i * 4 + lane_id() / 8; }
   __device__ static int column(int j) { return j * 8 + lane_id() % 8; }
@@ -170,9 +170,11 @@ struct Products<float> {
 // Calls use(tile, stage, products) for the tiles of b from `first` to `last` that `meets` lets pass, in ascending order. With a tile's last
 // chunk load(tile, stage) may bring to shared memory what use wants to know of it. `works`: whether this warp's rows are wanted at all.
 // `shrinks`: whether rows are to be multiplied with their shrink, the same for the whole block.
-template <class T, int kStages, class Meets, class Load, class Use>
-__device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const Grid<T>& a, int a_first, const Grid<T>& b, int first,
+template <class T, int kStages, int kTiles, class Meets, class Load, class Use>
+__device__ __forceinline__ void for_tiles(TileShared<T, kStages, kTiles>& shared, const Grid<T>& a, int a_first, const Grid<T>& b, int first,
                                           int last, bool works, bool shrinks, const Meets& meets, const Load& load, const Use& use) {
+  using Shared = TileShared<T, kStages, kTiles>;
+  constexpr int kThreads = Shared::kThreads;
   const int chunks = (a.width + kChunk<T> - 1) / kChunk<T>;
   // rows of a that fit stay, else they come with each tile again
   const bool stays = chunks <= kStages;
@@ -193,8 +195,8 @@ __device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const 
   Cursor ahead{start, 0, 0}, here{start, 0, 0};
   const auto fetch = [&] {
     if (ahead.tile < last) {
-      if (!stays || ahead.tile == start) load_chunk<T, kRowsA>(shared.a[place_of_a(ahead)], a, a_first, ahead.chunk);
-      load_chunk<T, kRowsB>(shared.b[ahead.stage], b, ahead.tile * kRowsB, ahead.chunk);
+      if (!stays || ahead.tile == start) load_chunk<kThreads>(shared.a[place_of_a(ahead)], a, a_first, ahead.chunk);
+      load_chunk<kThreads>(shared.b[ahead.stage], b, ahead.tile * kRowsB, ahead.chunk);
       if (ahead.chunk == chunks - 1) load(ahead.tile, ahead.stage);
       advance(ahead);
     }
@@ -202,7 +204,7 @@ __device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const 
     cp_async_commit();
   };
   for (int i = 0; i < kStages - 1; ++i) fetch();
-  Products<T> products;
+  Products<T, kTiles> products;
   products.clear();
   while (here.tile < last) {
     cp_async_wait<kStages - 2>();
@@ -210,14 +212,14 @@ __device__ __forceinline__ void for_tiles(TileShared<T, kStages>& shared, const 
     __syncthreads();
     fetch();
     if (shrinks) {
-      if (!stays || here.tile == start) shrink_chunk<T, kRowsA>(shared.a[place_of_a(here)], a.shrink + a_first);
-      shrink_chunk<T, kRowsB>(shared.b[here.stage], b.shrink + here.tile * kRowsB);
+      if (!stays || here.tile == start) shrink_chunk<kThreads>(shared.a[place_of_a(here)], a.shrink + a_first);
+      shrink_chunk<kThreads>(shared.b[here.stage], b.shrink + here.tile * kRowsB);
       __syncthreads();
     }
     const Cursor now = here;
     advance(here);
     if (!works) continue;
-    products.add(shared.a[place_of_a(now)], warp_id() * kWarpRows, shared.b[now.stage]);
+    products.add(shared.a[place_of_a(now)], warp_id() * Shared::kWarpRows, shared.b[now.stage]);
     if (now.chunk < chunks - 1) continue;
     use(now.tile, now.stage, products);
     products.clear();
