@@ -512,7 +512,8 @@ def test_multiply_adds_of_windows_and_cells_that_changed() -> None:
     lists = torch.tensor([[0, 3, -1, 22]])
     indices = {f"blocks.0.{gate}": lists for gate in NAMES.values()}
     _, state = windowed(x, windowed(x)[1], indices)
-    linear, bias_terms = 3 * 16 * 16 * 8, 48 * 16 * (3 + 4)
+    # position terms are those of the chosen queries
+    linear, bias_terms = 3 * 16 * 16 * 8, 3 * 16 * (3 + 4)
     assert windowed.flops(state).total == linear + bias_terms + 2 * (2 * 12) * 12 * 16
     for ids, cells in (([0, 1, 6], 1), ([0, 3, 22], 3)):
         indices = {f"blocks.0.{gate}": torch.tensor([ids]) for gate in NAMES.values()}
