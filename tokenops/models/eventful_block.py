@@ -214,7 +214,7 @@ class EventfulBlock(Block):
             by_row, by_column = (torch.einsum(f"baicjhd,{at}kd->baicjhk", on_grid, table) for at, table in zip("ij", tables, strict=True))
             return by_row.flatten(5, 6).flatten(1, 4), by_column.flatten(5, 6).flatten(1, 4)
         ids = index.clamp(min=0).long()
-        rows = torch.take_along_dim(qkv[..., : self.config.dim], ids[..., None], 1).unflatten(2, (heads, -1))  # [B, K, H, D]
+        rows = qkv.gather(1, ids[..., None].expand(-1, -1, self.config.dim)).unflatten(2, (heads, -1))  # [B, K, H, D]
         places = (ids // self.padded[1] % h, ids % self.padded[1] % w)
         for part, table, at in zip(kept, tables, places, strict=True):
             update_tokens_(part, (rows @ table[at].mT).flatten(2), index=index)
