@@ -147,7 +147,8 @@ class EventfulBlock(Block):
         mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.activation, **late[1])
         chosen = None if state is None else (g1.index, g2.index, g3.index)
         new = BlockState(g1.reference, qkv, attention, g2.reference, projection, g3.reference, mlp, tables, rel_pos, chosen)
-        return g3.total + self.drop_path(mlp), new
+        branch = self.drop_path(mlp)
+        return g3.total + branch if torch.is_grad_enabled() else g3.total.add_(branch), new
 
     def _gate(self, x: Tensor, reference: Tensor | None, forced: Tensor | None, **options: Any) -> DeltaGate:
         choice = self.choice if forced is None else {"index": forced, "order": self.choice["order"]}
