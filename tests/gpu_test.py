@@ -1,8 +1,8 @@
 """The first hour on a GPU, in minutes: ``make gpu-test``.
 
 In this order, each in processes of its own: one tile of a matrix product, which says whether the emulator had the instructions' layouts
-right; the tests of every operation on both GPU backends, files beside each other; and compute-sanitizer over a few calls of every operation.
-What fails does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
+right; the tests of every operation on both GPU backends, files beside each other; compute-sanitizer over calls of every operation. What fails
+does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +33,12 @@ class Result(NamedTuple):
 
 
 def run(step: str, command: Sequence[str | Path], device: str, limit: float) -> Result:
-    environment = {
-        **os.environ,
-        "TOKENOPS_TEST_DEVICE": device,
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TOKENOPS_TEST_DEVICE": device, "PYTHONPATH": path}
+    run_here = partial(subprocess.run, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     start = time.monotonic()
     try:
-        ran = subprocess.run(command, cwd=HERE.parent, env=environment, text=True, timeout=limit, check=False, **pipes)
+        ran = run_here(command, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired as cut:
         output = cut.stdout.decode() if isinstance(cut.stdout, bytes) else cut.stdout or ""
         return Result(step, time.monotonic() - start, None, output)
