@@ -153,8 +153,7 @@ def vidtr(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[
             # a class token that stands alone is not attended to: what is added is its own input
             x = x + torch.cat([h[:, :alone], y], 1)
         else:
-            query, key, value = (_heads(part, heads) for part in block.attn.project(h, source))
-            x = x + block.attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+            x = x + attention(block.attn, h)
         x = x + block.mlp(block.norm2(x))
     return model.head(model.norm(x[:, 0]))
 
@@ -164,7 +163,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:  # [B, N, C] -> [B, H, N, D]
 
 
 def _split(x: Tensor, rows: int, block: Any, heads: int) -> list[Tensor]:  # [B, R N, C] -> three times [B, R, N, H, D]
-    return [part.unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)) for part in block.attn.project(x, x)]
+    return [part.unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)) for part in block.attn.qkv(x).chunk(3, -1)]
 
 
 # weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenops.models import CompactVidTr, TopKStd, VidTr, VidTrConfig
 from tokenops.models.blocks import load_strictly, read_checkpoint, renamed
-from tokenops.models.vidtr import SeparableAttention, gather_rows, preprocess, sample_frames
+from tokenops.models.vidtr import preprocess, sample_frames
+from tokenops.models.vidtr_block import SeparableAttention, gather_rows
 
 HEADS = 3
 GOLDEN = torch.load(Path(__file__).parent / "data" / "vidtr.pt", weights_only=True)["attn"]
@@ -63,7 +65,7 @@ def test_attention_of_the_release(case: dict[str, Any], dtype: torch.dtype, tole
         # the release's module hands its class token through
         got, kept = module(x[:, 1:], case["T"])
         got = torch.cat([x[:, :1], got], dim=1)
-        kept = official_order(kept.unflatten(1, (-1, case["heads"])))
+        kept = official_order(kept)
         assert torch.equal(kept.flatten(0, 2).long(), case["idx"])
     assert_near(got, want, tolerance)
 
@@ -80,7 +82,7 @@ def test_pooled_attention_is_the_definition(granularity: str, resoftmax: bool, k
     )
     got, kept = module(x, 5)
     want, chosen = oracle.separable(state, at, x.transpose(0, 1), 5, HEADS, oracle.Pool(2, keep_class, resoftmax, granularity))
-    assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
+    assert torch.equal(official_order(kept).long(), chosen)
     assert_near(got, want.transpose(0, 1))
     weight = noise(*got.shape, seed=6)
     assert_near(*(torch.autograd.grad(out, x, weight)[0] for out in (got, want.transpose(0, 1))))
@@ -188,7 +190,7 @@ def test_a_nearly_still_clip_keeps_the_right_frames(dtype: torch.dtype) -> None:
     _, chosen = oracle.separable(state, at, x.transpose(0, 1), 8, HEADS, oracle.Pool(2))
     module = attention(renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")]), pool=TopKStd(2))
     _, kept = module.to(dtype)(x.to(dtype), 8)
-    assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
+    assert torch.equal(official_order(kept).long(), chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -359,12 +361,14 @@ def test_wrong_configs_and_clips_are_refused() -> None:
 
 
 def test_gathered_rows_are_each_place_s_own() -> None:
-    x = torch.arange(2 * 3 * 4 * 2).view(2, 3, 4, 2).double()
-    kept = torch.tensor([[[0, 2], [1, 2], [0, 1], [0, 2]], [[1, 2]] * 4], dtype=torch.int32)
-    got = gather_rows(x, kept)
-    for b in range(2):
-        for place in range(4):
-            assert torch.equal(got[b, :, place], x[b, kept[b, place].long(), place])
+    x = noise(2, 3, 2, 3, 2, 4)  # [B, R, N, P, H, D]
+    kept = torch.tensor([[[[0, 2], [1, 2]], [[0, 1], [0, 2]]], [[[1, 2]] * 2] * 2], dtype=torch.int32)
+    # also where columns are a view, as behind a class token
+    for grid in (x, x.repeat(1, 1, 2, 1, 1, 1)[:, :, 1:3]):
+        got = gather_rows(grid, kept, 2)
+        assert got.shape == (2, 2, 2, 2, 2, 4)
+        for part, b, n, h in product(range(2), repeat=4):
+            assert torch.equal(got[part, b, :, n, h], grid[b, kept[b, n, h].long(), n, part, h])
 
 
 def test_frames_of_clips() -> None:
