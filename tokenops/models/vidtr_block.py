@@ -86,7 +86,8 @@ class SeparableAttention(Attention):
             kept = self.rank(probability, row_sq)
             if self.pool.resoftmax:
                 # softmax(p) v is attention again: the row p is its own list of logits if the keys are unit vectors
-                out = _attention(probability, unit, value, q_index=kept, scale=1.0)
+                rows_kept = kept.long()[..., None].expand(-1, -1, -1, -1, unit.shape[4])
+                out = _attention(probability.gather(3, rows_kept), unit, value, scale=1.0)
             else:
                 out = _attention(query, key, value, q_index=kept)
         if self.spatial is not None:
