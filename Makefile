@@ -45,8 +45,9 @@ build/borrowed/.ready-borrowed: pyproject.toml
 	TOKENOPS_BUILD=none $(pip) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(library): $(environment) setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*)
-	$(python) setup.py --quiet build_ext --inplace
+# with the CUDA kernels for CPU tensors, which only the tests load
+$(library): $(environment) setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/* tests/emulator/*)
+	TOKENOPS_EMULATED=1 $(python) setup.py --quiet build_ext --inplace
 	@touch $@
 
 test: $(library)
@@ -57,7 +58,7 @@ test-full: sanitize $(library)
 
 # the Python tests run on a second package whose library holds the sanitizers; torch itself does not, hence the preloading
 sanitize: $(library)
-	TOKENOPS_SANITIZE=1 TOKENOPS_BUILD=cpu $(python) setup.py --quiet build --build-lib build/sanitize/lib
+	TOKENOPS_SANITIZE=1 TOKENOPS_EMULATED=1 TOKENOPS_BUILD=cpu $(python) setup.py --quiet build --build-lib build/sanitize/lib
 	isas=$$($(python) -c 'from tokenops import native; print(*native.cpu_isas())'); \
 	for test in $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(wildcard tests/cpp/test_*.cpp)); do $$test $$isas || exit 1; done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -76,4 +76,4 @@ def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: b
     return reasons
 
 
-BACKENDS = backends("token_select", NativeCPU, reference, _objections)
+BACKENDS = backends("token_select", NativeCPU, None, reference, _objections)
