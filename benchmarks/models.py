@@ -33,6 +33,7 @@ from tokenops.models import (
 from tokenops.models.blocks import Block, MultiplyAdds
 from tokenops.models.eventful import EventfulState
 from tokenops.models.vidtr import TopKStd
+from tokenops.models.vidtr_block import SeparableAttention
 
 from . import models_plain as plain
 from .frames import CHECKED, Frames, Stream, judged, stateless
@@ -60,9 +61,9 @@ TITLES = {
 
 class Case(NamedTuple):
     name: str
-    model: str  # "haltingvt" | "eventful" | "vidtr"
+    model: str  # "haltingvt" | "eventful" | "vidtr" | "separable": the attention of one VidTr layer
     config: Any
-    dense: Any  # the configuration of its twin
+    dense: Any  # the configuration of its twin, where it has one
     k: int = 0  # tokens that each gate lets through
     mode: str = "exact"  # of attention on what changed
     start: float = 0.0  # of the halting channel in patches, the class token comes without
@@ -115,6 +116,9 @@ def _cases() -> Iterator[Case]:
         yield eventful(f"ViTDet-B-1024-global-block-K{k}", alone, k)
         yield eventful(f"ViTDet-B-1024-global-block-paper-K{k}", alone, k, mode="paper")
     yield compact("C-VidTr-S", CompactVidTr.PRESETS["S"], VidTr.PRESETS["S"])
+    # its first pooling layer, and what comes before
+    first = VidTrConfig(depth=2, pool_layers=(1,), pools=(TopKStd(2),))
+    yield Case("C-VidTr-S-attention", "separable", first, None)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -159,9 +163,10 @@ def prepare(case: Case, request: Request) -> Trial:
 
 
 def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
-    subject = {"haltingvt": _halting, "eventful": _eventful, "vidtr": _vidtr}[case.model](case, request)
+    subject = {"haltingvt": _halting, "eventful": _eventful, "vidtr": _vidtr, "separable": _separable}[case.model](case, request)
     differences: list[float] = []
-    dense = subject.right[SDPA]
+    has_twin = SDPA in subject.peers
+    dense = subject.right[SDPA if has_twin else PUBLISHED]
 
     def judge(name: str, results: list[Results]) -> Results:
         """What the dense twin gives, if this is what its own definition says."""
@@ -174,7 +179,8 @@ def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
 
     def remark() -> str:
         left = ", ".join(f"{layer.name} {layer.left:.0f} of {layer.of} {layer.unit}" for layer in subject.layers)
-        return f"{left}; relative difference from the dense twin: {', '.join(f'{error:.2g}' for error in differences)}"
+        twin = "the dense twin" if has_twin else PUBLISHED
+        return f"{left}; relative difference from {twin}: {', '.join(f'{error:.2g}' for error in differences)}"
 
     trial = Trial(
         contenders=[judged(contender, partial(judge, contender.name)) for contender in contenders],
@@ -183,7 +189,7 @@ def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
         cost=Cost(2 * subject.cost.total, subject.weights + subject.frames.grids[0][0].nbytes),
         backends={},
         remark=remark,
-        dense=Dense((SDPA, OURS), 2 * subject.dense.total),
+        dense=Dense((SDPA, OURS), 2 * subject.dense.total) if has_twin else None,
     )
     return trial, Report(subject, differences)
 
@@ -385,13 +391,32 @@ def _eventful(case: Case, request: Request) -> Subject:
 # VidTr
 
 
-@torch.no_grad()
-def _vidtr(case: Case, request: Request) -> Subject:
-    config: VidTrConfig = case.config
+def _clips(config: VidTrConfig, request: Request) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The film, which of its frames make clips, and these."""
     assert config.frames is not None
     film = request.frames()
     chosen = vidtr.sample_frames(len(film), config.frames, config.stride, clips=CLIPS)
-    clips = [clip[None].to(request.device) for clip in vidtr.preprocess(film, chosen, crops=1)]
+    return film, chosen, [clip[None].to(request.device) for clip in vidtr.preprocess(film, chosen, crops=1)]
+
+
+def _kept_panels(film: Tensor, chosen: Tensor, kept: Tensor) -> dict[str, list[Panel]]:  # [N, H, K]
+    heads = F.one_hot(kept.long().cpu(), len(chosen)).sum(2).float().mean(1)  # [N, T]
+    side = round(len(heads) ** 0.5)
+    pixels = _pixels(film, chosen)
+    some = torch.linspace(0, len(chosen) - 1, SHOWN).long().tolist()
+    words = "frame {}: {:.0f} % keep it"
+    shares = {t: heads[:, t] for t in some}
+    return {
+        "kept": [
+            shaded(pixels[t], share.view(side, side), words.format(int(chosen[t]), 100 * share.mean().item())) for t, share in shares.items()
+        ]
+    }
+
+
+@torch.no_grad()
+def _vidtr(case: Case, request: Request) -> Subject:
+    config: VidTrConfig = case.config
+    film, chosen, clips = _clips(config, request)
     model, twin = CompactVidTr(config).eval(), VidTr(case.dense).eval()
     for each in (model, twin):
         plain.liven(each, 1.0)
@@ -407,20 +432,6 @@ def _vidtr(case: Case, request: Request) -> Subject:
     for at, pool in zip(config.pool_layers, config.pools, strict=True):
         layers.append(Layer(f"block {at}", "frames", left - pool.drop, left))
         left -= pool.drop
-
-    def panels() -> dict[str, list[Panel]]:
-        rows = kept[0][0][0].long().cpu()  # [N, H, K]
-        heads = F.one_hot(rows, config.frames).sum(2).float().mean(1)  # [N, T]
-        side = round(len(heads) ** 0.5)
-        pixels = _pixels(film, chosen[0])
-        some = torch.linspace(0, config.frames - 1, SHOWN).long().tolist()
-        words = "frame {}: {:.0f} % keep it"
-        return {
-            "kept": [
-                shaded(pixels[t], heads[:, t].view(side, side), words.format(int(chosen[0][t]), 100 * heads[:, t].mean().item()))
-                for t in some
-            ]
-        }
 
     frames = Frames([(clip,) for clip in clips], [])
     dense = _exactly(plain.vidtr, twin, clips)
@@ -443,5 +454,42 @@ def _vidtr(case: Case, request: Request) -> Subject:
         dense=twin.flops(),
         weights=_weights(model),
         layers=layers,
-        panels=panels,
+        panels=partial(_kept_panels, film, chosen[0], kept[0][0][0]),
+    )
+
+
+@torch.no_grad()
+def _separable(case: Case, request: Request) -> Subject:
+    """The last layer's attention alone, with its projections, on the normalised tokens that come to it."""
+    config: VidTrConfig = case.config
+    film, chosen, clips = _clips(config, request)
+    model = CompactVidTr(config).eval()
+    plain.liven(model, 1.0)
+    model.to(request.device)
+    inputs: list[Tensor] = []
+    block, rows, columns = model.blocks[-1], clips[0].shape[2], config.cells // clips[0].shape[2]
+    attn = block.attn
+    listening = attn.register_forward_pre_hook(lambda _, given: inputs.append(block.norm1(given[0])))
+    kept = [model(clip, return_indices=True)[1][0] for clip in clips]
+    listening.remove()
+    with torch.device("meta"):
+        dense = SeparableAttention(config.dim, config.num_heads).multiply_adds(rows, columns)
+    published = [plain.separable(attn, x, rows)[1] for x in inputs]
+
+    def alone(attn: nn.Module, x: Tensor, index: Tensor | None = None) -> Tensor:
+        return plain.separable(attn, x, rows, index)[0]
+
+    total = attn.multiply_adds(rows, columns)
+    frames = Frames([(x,) for x in inputs], [])
+    return Subject(
+        frames=frames,
+        shown=rows,
+        ours=_each(frames, lambda x: attn(x, rows)[0]),
+        peers={PUBLISHED: _each(frames, partial(alone, attn))},
+        right={MODEL: _exactly(alone, attn, inputs, kept), PUBLISHED: _exactly(alone, attn, inputs, published)},
+        cost=MultiplyAdds(total, total),
+        dense=MultiplyAdds(dense, dense),
+        weights=_weights(attn),
+        layers=[Layer("attention", "frames", attn.kept_of(rows), rows)],
+        panels=partial(_kept_panels, film, chosen[0], kept[0][0]),
     )

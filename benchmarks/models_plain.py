@@ -19,7 +19,13 @@ from tokenops.models.eventful_block import GATES
 
 def attention(attn: Any, x: Tensor) -> Tensor:  # [..., N, C]
     query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).movedim(-2, -4).unbind(-2)
-    return attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2))
+    return attn.proj(sdpa(query, key, value).transpose(-3, -2).flatten(-2))
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [..., H, N, D]
+    """With the one batch dimension that its fast kernels take."""
+    flat = (x.flatten(0, -4) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*flat).unflatten(0, query.shape[:-3])
 
 
 def vit_block(block: Any, x: Tensor) -> Tensor:  # [B, N, C]
@@ -231,26 +237,17 @@ def vidtr(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[
         x, rows = torch.cat([model.cls_temporal.expand(batch, -1, -1), x.flatten(1, 2)], 1), rows + 1
     pools = dict(zip(config.pool_layers, forced or [None] * len(config.pool_layers), strict=True))
     for at, block in enumerate(model.blocks):
-        source = block.norm1(x)
-        h = source + model.pos_embed if at == 0 else source
+        h = block.norm1(x)
+        if at == 0:
+            h = h + model.pos_embed
         if hasattr(block.attn, "pool"):
-            grid = _split(h[:, alone:], rows, block, heads)
-            old = x[:, alone:].unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)
-            query, key, value = (part.permute(0, 2, 3, 1, 4) for part in grid)  # [B, N, H, R, D]
-            if at in pools:
-                p = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-                drop, given = block.attn.pool.drop, pools[at]
-                index = p.std(-1).topk(rows - drop).indices.sort(-1).values if given is None else given.long()
+            y, index = separable(block.attn, h[:, alone:], rows, pools.get(at))
+            if index is not None:
                 if chosen is not None:
                     chosen.append(index)
-                value = p.take_along_dim(index[..., None], 3).softmax(-1) @ value
-                query, key, old = (part.take_along_dim(index[..., None], 3) for part in (query, key, old))
-                rows -= drop
-            else:
-                value = F.scaled_dot_product_attention(query, key, value)
-            query, key, value = (part.permute(0, 3, 2, 1, 4) for part in (query, key, value))  # [B, R, H, N, D]
-            y = block.attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(2, 3).flatten(3)).flatten(1, 2)
-            x = torch.cat([x[:, :alone], old.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)], 1)
+                old = x[:, alone:].unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)  # [B, N, H, R, D]
+                old = _listed(old, index).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
+                x, rows = torch.cat([x[:, :alone], old], 1), index.shape[3]
             # a class token that stands alone is not attended to: what is added is its own input
             x = x + torch.cat([h[:, :alone], y], 1)
         else:
@@ -259,12 +256,25 @@ def vidtr(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[
     return model.head(model.norm(x[:, 0]))
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:  # [B, N, C] -> [B, H, N, D]
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def separable(attn: Any, x: Tensor, rows: int, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention over time, then over space: [B, R N, C] -> [B, K N, C], and the rows that were kept, or given, [B, N, H, K]."""
+    parts = (F.linear(x, weight, bias) for weight, bias in zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), strict=True))
+    grids = (part.unflatten(1, (rows, -1)).unflatten(-1, (attn.num_heads, -1)) for part in parts)
+    query, key, value = (grid.permute(0, 2, 3, 1, 4) for grid in grids)  # [B, N, H, R, D]
+    if attn.pool is None:
+        value = sdpa(query, key, value)
+    else:
+        p = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1)
+        if index is None:
+            index = p.std(-1).topk(rows - attn.pool.drop).indices.sort(-1).values
+        value = _listed(p, index).softmax(-1) @ value
+        query, key = _listed(query, index), _listed(key, index)
+    query, key, value = (part.permute(0, 3, 2, 1, 4) for part in (query, key, value))  # [B, K, H, N, D]
+    return attn.proj(sdpa(query, key, value).transpose(2, 3).flatten(3)).flatten(1, 2), index
 
 
-def _split(x: Tensor, rows: int, block: Any, heads: int) -> list[Tensor]:  # [B, R N, C] -> three times [B, R, N, H, D]
-    return [part.unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)) for part in block.attn.qkv(x).chunk(3, -1)]
+def _listed(x: Tensor, index: Tensor) -> Tensor:  # [B, N, H, R, D], [B, N, H, K] -> [B, N, H, K, D]
+    return x.gather(3, index.long()[..., None].expand(*index.shape, x.shape[-1]))
 
 
 # weights

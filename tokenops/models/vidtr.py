@@ -165,11 +165,8 @@ class _Encoder(nn.Module):
         for block in self.blocks:
             attn = block.attn
             if isinstance(attn, SeparableAttention):
-                kept = rows - (attn.pool.drop if attn.pool else 0)
-                spatial = 1 if attn.spatial is None else 5  # projections of what was kept
-                total += c.dim**2 * columns * (3 * rows + spatial * kept)
-                total += c.dim * columns * (rows * rows + rows * kept + 2 * kept * columns)
-                rows = kept
+                total += attn.multiply_adds(rows, columns)
+                rows = attn.kept_of(rows)
             else:
                 tokens = rows * columns + alone
                 total += 4 * c.dim**2 * tokens + 2 * c.dim * tokens**2

@@ -98,6 +98,16 @@ class SeparableAttention(Attention):
         over_space = attend(query, key, out.permute(0, 3, 2, 1, 4), dropout_p=self.dropout_p)
         return fused_linear(over_space.flatten(1, 2), self.proj.weight, self.proj.bias), kept
 
+    def kept_of(self, rows: int) -> int:
+        return rows if self.pool is None else rows - self.pool.drop
+
+    def multiply_adds(self, rows: int, columns: int) -> int:
+        """Of a grid of so many rows and columns."""
+        dim, kept = self.proj.in_features, self.kept_of(rows)
+        # what was kept is projected out, and in mode "separate" in and out once more
+        projected = 3 * rows + (1 if self.spatial is None else 5) * kept
+        return dim * columns * (dim * projected + rows * rows + rows * kept + 2 * kept * columns)
+
     def rank(self, probability: Tensor, row_sq: Tensor) -> Tensor:
         """The kept rows, [B, N, H, K], of attention rows [B, N, H, R, >= R]."""
         assert self.pool is not None
