@@ -403,14 +403,11 @@ def _kept_panels(film: Tensor, chosen: Tensor, kept: Tensor) -> dict[str, list[P
     heads = F.one_hot(kept.long().cpu(), len(chosen)).sum(2).float().mean(1)  # [N, T]
     side = round(len(heads) ** 0.5)
     pixels = _pixels(film, chosen)
-    some = torch.linspace(0, len(chosen) - 1, SHOWN).long().tolist()
-    words = "frame {}: {:.0f} % keep it"
-    shares = {t: heads[:, t] for t in some}
-    return {
-        "kept": [
-            shaded(pixels[t], share.view(side, side), words.format(int(chosen[t]), 100 * share.mean().item())) for t, share in shares.items()
-        ]
-    }
+    panels = []
+    for t in torch.linspace(0, len(chosen) - 1, SHOWN).long().tolist():
+        share = heads[:, t].view(side, side)
+        panels.append(shaded(pixels[t], share, f"frame {int(chosen[t])}: {100 * share.mean().item():.0f} % keep it"))
+    return {"kept": panels}
 
 
 @torch.no_grad()

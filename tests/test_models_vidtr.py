@@ -306,6 +306,37 @@ def test_reads_a_checkpoint_file(tmp_path: Path) -> None:
     assert torch.equal(compact(torch.load(tmp_path / "best.pth", weights_only=True))(clip), want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [VidTr, CompactVidTr])
+def test_from_an_image_model(kind: type[VidTr] | type[CompactVidTr]) -> None:
+    pooling: dict[str, Any] = {} if kind is VidTr else {"pool_layers": (0,), "pools": (TopKStd(1),)}
+    config = VidTrConfig(3, 12, 1, 24, 2, HEADS, 48, 7, **pooling)
+    made = kind(config).state_dict()
+    image = {name.replace("patch_embed.", "patch_embed.proj."): x for name, x in made.items() if not name.startswith("cls")}
+    image |= {"pos_embed": noise(1, 5, 24).float(), "cls_token": noise(1, 1, 24, seed=6).float()}
+    image |= {"patch_embed.proj.weight": made["patch_embed.weight"][:, :, 0], "head.weight": torch.zeros(21843, 24)}
+    del image["head.bias"]
+    model = kind.from_vit(image, config)
+    assert model.training
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, image["blocks.1.mlp.fc1.weight"])
+    assert model.head.weight.shape == (7, 24)
+    assert model.head.weight.any()
+    # a still picture: every row of the grid is what the image model has
+    picture = noise(1, 3, 32, 32).float()
+    x = model._tokens(model.patch_embed(picture[:, :, None].expand(-1, -1, 3, -1, -1)).flatten(3).permute(0, 2, 3, 1)) + model.pos_embed
+    patches = torch.nn.functional.conv2d(picture, image["patch_embed.proj.weight"], image["patch_embed.proj.bias"], 16).flatten(2).mT
+    row = torch.cat([image["cls_token"], patches], 1) + image["pos_embed"]
+    if kind is VidTr:
+        assert_near(x[:, 5:], row.repeat(1, 3, 1), 1e-6)
+        assert_near(x[:, :5], image["cls_token"] + image["pos_embed"], 1e-6)
+    else:
+        assert_near(x, torch.cat([row[:, :1], row[:, 1:].repeat(1, 3, 1)], 1), 1e-6)
+    with pytest.raises(ValueError, match=r"from an image model: .*(\n.*)*missing norm.bias"):
+        kind.from_vit({name: x for name, x in image.items() if name != "norm.bias"}, config)
+    with pytest.raises(ValueError, match=r"frames must be known"):
+        kind.from_vit(image, VidTrConfig(**{**vars(config), "frames": None}))
+
+
 def test_a_state_that_does_not_fit_says_all_of_it_at_once() -> None:
     state = oracle.random_state("full", 3, 4, 2)
     del state["encoder.layers.1.linear1.bias"], state["cls_t"]

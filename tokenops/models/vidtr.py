@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenops.models.blocks import MultiplyAdds, initialise, load_strictly, renamed
-from tokenops.models.vidtr_block import EPS, JointAttention, SeparableAttention, TopKStd, VidTrBlock
+from tokenops.models.vidtr_block import EPS, JointAttention, SeparableAttention, VidTrBlock
+from tokenops.models.vidtr_block import TopKStd as TopKStd
 from tokenops.models.vidtr_clips import preprocess as preprocess
 from tokenops.models.vidtr_clips import sample_frames as sample_frames
 
@@ -39,6 +40,8 @@ OFFICIAL = (
     (r"cls$", "cls_token"),
     (r"fc\.", "head."),
 )
+# an image model's
+VIT = ((r"patch_embed\.proj\.", "patch_embed."), (r"(head|pre_logits)\.", None))
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class VidTrConfig:
 
 def _compact(frames: int, stride: int, layers: tuple[int, ...], drop: tuple[int, ...]) -> VidTrConfig:
     return VidTrConfig(frames, frames * 196, stride, pool_layers=layers, pools=tuple(TopKStd(n) for n in drop))
+
+
+_Model = TypeVar("_Model", bound="_Encoder")
 
 
 class _Encoder(nn.Module):
@@ -106,6 +112,35 @@ class _Encoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith(("cls", "pos")):
                 nn.init.trunc_normal_(parameter, std=0.02)
+
+    @classmethod
+    def from_vit(cls: type[_Model], state_dict: Mapping[str, Tensor], config: VidTrConfig) -> _Model:
+        """To train from an image model, "inflated" as the published ones: every frame has its positions and class token.
+
+        Args:
+            state_dict: of a ViT under timm's names (ImageNet-21k ViT-B/16 for the presets).
+            config: the head, and the spatial projections of mode "separate", stay new.
+
+        Raises:
+            ValueError: as ``from_official``; or config does not say how many frames.
+        """
+        if config.frames is None:
+            raise ValueError("config.frames must be known: positions are repeated for each, got None")
+        model = cls(config)  # type: ignore[call-arg]  # both models are made of a config alone
+        state = renamed(state_dict, VIT)
+        positions, token = state.get("pos_embed"), state.pop("cls_token", None)
+        if positions is not None:
+            # a grid has a row of class tokens more, and a class token's position in every row
+            first, rows = (0, config.frames + 1) if model.class_grid else (1, config.frames)
+            state["pos_embed"] = torch.cat([positions[:, :first], positions[:, first:].repeat(1, rows, 1)], dim=1)
+        if token is not None:
+            own = model.state_dict()
+            state |= {name: token.expand(own[name].shape) for name in ("cls_token", "cls_spatial", "cls_temporal") if name in own}
+        if "patch_embed.weight" in state:
+            state["patch_embed.weight"] = state["patch_embed.weight"].unsqueeze(2)
+        new = {name: x for name, x in model.state_dict().items() if name.startswith("head.") or ".spatial." in name}
+        load_strictly(model, {**new, **state}, f"{cls.__name__} from an image model")
+        return model
 
     def position_everywhere(self, frames: int) -> bool:
         return False
@@ -173,9 +208,6 @@ class _Encoder(nn.Module):
             total += 2 * c.dim * c.mlp_dim * (rows * columns + alone)
             published += 2 * c.dim * c.mlp_dim * ((rows - extra) * locations + 1)
         return MultiplyAdds(total, published)
-
-
-_Model = TypeVar("_Model", bound=_Encoder)
 
 
 class VidTr(_Encoder):

@@ -136,7 +136,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Ten
 
 
 def attention_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) of [B, N, H, R, D] as the attention of unit vectors: the kernel of tiny problems serves it, and its gradient.
+    """softmax(q k^T / sqrt(D)) of [B, N, H, R, D] as attention with unit vectors: the kernel of tiny problems serves it, and its gradient.
 
     Returns:
         [B, N, H, R, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, N, H, R]; the unit
@@ -151,7 +151,7 @@ def attention_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def gather_rows(x: Tensor, kept: Tensor, parts: int = 1) -> Tensor:
-    """Of [B, R, N, P, H, D] the rows [B, N, H, K], each head of each column by its own list, of the first so many P: [parts, B, K, N, H, D]."""
+    """Of [B, R, N, P, H, D] the rows [B, N, H, K], each head of each column by its own list: [parts, B, K, N, H, D], the first of the P."""
     batch, rows, columns, stride, heads, width = x.shape
     at = [torch.arange(size, device=x.device, dtype=kept.dtype) for size in (parts, batch, columns, heads)]
     part, sample, column, head = (ids.view(-1, *[1] * after) for ids, after in zip(at, (4, 3, 1, 0), strict=True))
