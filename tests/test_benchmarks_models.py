@@ -44,7 +44,7 @@ CASES = {
 }
 CONTENDERS = {
     "haltingvt": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
-    "eventful": ["tokenops", models.SDPA, models.OURS],
+    "eventful": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
     "vidtr": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
 }
 every_model = pytest.mark.parametrize("name", CASES)
