@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from tokenops.models import EventfulBackbone, HaltingVT
 from tokenops.models.eventful_block import GATES
 
+from . import token_merge
 
-def attention(attn: Any, x: Tensor) -> Tensor:  # [..., N, C]
+
+def attention(attn: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [..., N, C]
     query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).movedim(-2, -4).unbind(-2)
-    return attn.proj(sdpa(query, key, value).transpose(-3, -2).flatten(-2))
+    return attn.proj(sdpa(query, key, value, mask).transpose(-3, -2).flatten(-2))
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [..., H, N, D]
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:  # [..., H, N, D]
     """With the one batch dimension that its fast kernels take."""
     flat = (x.flatten(0, -4) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*flat).unflatten(0, query.shape[:-3])
+    return F.scaled_dot_product_attention(*flat, mask).unflatten(0, query.shape[:-3])
 
 
-def vit_block(block: Any, x: Tensor) -> Tensor:  # [B, N, C]
-    x = x + attention(block.attn, block.norm1(x))
+def vit_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, N, C]
+    x = x + attention(block.attn, block.norm1(x), mask)
     return x + block.mlp(block.norm2(x))
 
 
@@ -275,6 +277,79 @@ def separable(attn: Any, x: Tensor, rows: int, index: Tensor | None = None) -> t
 
 def _listed(x: Tensor, index: Tensor) -> Tensor:  # [B, N, H, R, D], [B, N, H, K] -> [B, N, H, K, D]
     return x.gather(3, index.long()[..., None].expand(*index.shape, x.shape[-1]))
+
+
+# ToMe and STTM
+
+
+def video_vit(model: Any, clip: Tensor, block: Callable[[Any, Tensor], Tensor] = vit_block) -> Tensor:  # -> [B, C]
+    x = model.embed(clip)
+    for layer in model.blocks:
+        x = block(layer, x)
+    return model.norm(x).mean(1)
+
+
+def tome(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[Tensor] | None = None) -> Tensor:  # -> [B, C]
+    """As published: attention with its matrix stored, the whole matrix of similarities, sorted; rows gathered and scattered.
+
+    ``forced`` are the rows that tokens go to instead, [B, N] for each block that merges; ``chosen`` is given those that they went to.
+    """
+    x, plans = model.embed(clip), iter(forced)
+    size = torch.ones_like(x[..., :1])
+    for block in model.blocks:
+        query, key, value = block.attn.heads(block.attn.qkv(block.norm1(x)))
+        p = (query @ key.mT * query.shape[-1] ** -0.5 + size.log().mT[:, None]).softmax(-1)
+        x = x + block.attn.proj((p @ value).transpose(1, 2).flatten(2))
+        tokens = x.shape[1]
+        r = min(model.config.r, tokens // 2)
+        if forced:
+            x, size = token_merge.means(token_merge.Inputs(x, x, size), next(plans), tokens - r)
+        else:
+            x, size, *split = token_merge.torch_match_merge(x, key.mean(1), size, r=r, class_token=False)
+            if chosen is not None:
+                chosen.append(token_merge.slots(token_merge.Split(*split), tokens))
+        x = x + block.mlp(block.norm2(x))
+    # each token has the row that it merged into
+    return (model.norm(x) * size).sum(1) / size.sum(1)
+
+
+def sttm(model: Any, clip: Tensor, forced: Tensor | None = None, chosen: list[Tensor] | None = None) -> Tensor:  # -> [B, C]
+    """Our formulas, which no authors have published, as matrix products and softmax. Hard: ``forced`` and ``chosen`` are the meta tokens
+    [B, T, N] that tokens go to.
+    """
+    stage, before = model.merger, model.config.layer
+    x = model.embed(clip)
+    for block in model.blocks[:before]:
+        x = vit_block(block, x)
+    x = x.unflatten(1, (stage.frames, -1))
+    metric = stage.metric(stage.norm(x))
+    z = stage.score(stage.norm(x)).flatten(1, 2).softmax(1).mT @ x.flatten(1, 2)
+    unit, wanted = F.normalize(metric, dim=-1), F.normalize(stage.metric(stage.norm(z)), dim=-1)[:, None]
+    logits = unit @ wanted.mT / stage.log_temperature.exp()
+    if stage.mode == "soft":
+        assigned = logits.softmax(-1)
+    else:
+        meta = logits.argmax(-1) if forced is None else forced.long()
+        assigned = F.one_hot(meta, stage.meta_tokens).to(x)
+        if chosen is not None:
+            chosen.append(meta)
+
+    # [B, windows, frames of a window, M, ...] from here
+    mass = assigned.sum(2)
+    safe, windows = mass.clamp(min=1e-12)[..., None], (stage.windows, -1)
+    y, centre = assigned.mT @ x / safe, assigned.mT @ model.places / safe
+    like = (F.normalize(stage.metric(y), dim=-1) * wanted).sum(-1) / stage.log_temperature.exp()
+    y, centre, mass, weight = (part.unflatten(1, windows) for part in (y, centre, mass, mass * like.exp()))
+    total = mass.sum(2)
+    fused = (weight[..., None] * y).sum(2) / weight.sum(2).clamp(min=1e-12)[..., None]
+    place = (mass[..., None] * centre).sum(2) / total.clamp(min=1e-12)[..., None]
+    centre = torch.where(mass[..., None] > 0.0, centre, place[:, :, None])
+    path = torch.cat([centre.transpose(2, 3).flatten(3), centre[:, :, -1] - centre[:, :, 0]], -1)
+    rows = (fused + stage.motion(path)).flatten(1, 2)
+    for block in model.blocks[before:]:
+        rows = vit_block(block, rows, total.flatten(1).log()[:, None, None])
+    rows = rows.unflatten(1, (stage.windows, -1)).repeat_interleave(stage.frames // stage.windows, 1)
+    return model.norm(assigned @ rows).mean((1, 2))
 
 
 # weights

@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., O]
     """A linear layer of normalised rows."""
-    if not _gathers(x):
+    if not gathers(x):
         return F.linear(x if norm is None else norm(x), weight, bias)
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
@@ -96,7 +96,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerN
 
 def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., C]
     """A block's two layers of normalised rows."""
-    if not _gathers(x) or (mlp.training and mlp.drop.p > 0.0):
+    if not gathers(x) or (mlp.training and mlp.drop.p > 0.0):
         return mlp(x if norm is None else norm(x))
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
@@ -104,7 +104,7 @@ def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor: 
     return gathered_mlp(rows, *layers, index=index, activation=mlp.activation, norm=affine, norm_eps=eps).view(x.shape)
 
 
-def _gathers(x: Tensor) -> bool:
+def gathers(x: Tensor) -> bool:
     """Whether the gathered layers serve even a call that lists every row: they normalise as they read, and are quicker than the BLAS that
     torch has on a CPU. Their backward pass computes the layer anew, so training is better off without.
     """
