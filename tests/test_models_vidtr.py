@@ -392,14 +392,14 @@ def test_wrong_configs_and_clips_are_refused() -> None:
 
 
 def test_gathered_rows_are_each_place_s_own() -> None:
-    x = noise(2, 3, 2, 3, 2, 4)  # [B, R, N, P, H, D]
+    x = noise(2, 3, 2, 2, 4)  # [B, R, N, H, D]
     kept = torch.tensor([[[[0, 2], [1, 2]], [[0, 1], [0, 2]]], [[[1, 2]] * 2] * 2], dtype=torch.int32)
     # also where columns are a view, as behind a class token
-    for grid in (x, x.repeat(1, 1, 2, 1, 1, 1)[:, :, 1:3]):
-        got = gather_rows(grid, kept, 2)
-        assert got.shape == (2, 2, 2, 2, 2, 4)
-        for part, b, n, h in product(range(2), repeat=4):
-            assert torch.equal(got[part, b, :, n, h], grid[b, kept[b, n, h].long(), n, part, h])
+    for grid in (x, x.repeat(1, 1, 2, 1, 1)[:, :, 1:3]):
+        got = gather_rows(grid, kept)
+        assert got.shape == (2, 2, 2, 2, 4)
+        for b, n, h in product(range(2), repeat=3):
+            assert torch.equal(got[b, :, n, h], grid[b, kept[b, n, h].long(), n, h])
 
 
 def test_frames_of_clips() -> None:

@@ -85,13 +85,17 @@ class Mlp(nn.Module):
         return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., O]
-    """A linear layer of normalised rows."""
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None, order: Tensor | None = None
+) -> Tensor:  # [..., C] -> [..., O]
+    """A linear layer of normalised rows; those of [B, N, C] may be wanted in another ``order``, [N] int32."""
     if not gathers(x):
-        return F.linear(x if norm is None else norm(x), weight, bias)
+        rows = x if norm is None else norm(x)
+        return F.linear(rows if order is None else rows[:, order], weight, bias)
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
-    return gathered_linear(rows, weight, bias, index=index, norm=affine, norm_eps=eps).view(*x.shape[:-1], len(weight))
+    out = gathered_linear(rows, weight, bias, index=index if order is None else order, norm=affine, norm_eps=eps)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., C]

@@ -1,14 +1,15 @@
 """One layer of VidTr: attention over time, then over space, on one projection of the tokens; frames that are dropped between the two.
 
-The sources are vidtr.py's. Over time every location is a sample of its own, thousands of problems of a few rows; over space every row of
-the grid is one, of a few hundred. Both read the projected tokens where they stand: no step copies them into another order. Only where heads
-keep different frames are the kept rows gathered.
+The sources are vidtr.py's. Over time every column is a sample of its own, thousands of problems of a few rows; over space every row of the
+grid is a sequence, of a few hundred. Both read the projected tokens where they stand, by lists: pooling is a shorter list, no step copies
+tokens into another order, and only the residual stream is gathered.
 
 Letters: B batch, R rows of the grid, N columns, K rows kept, C channels, H heads, D head width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenops.models.blocks import Attention, Mlp, attend, fused_linear, fused_mlp
-from tokenops.ops.sparse_attention import sparse_attention
+from tokenops.ops.sparse_attention import sparse_attention, sparse_attention_varlen
 from tokenops.ops.token_select import select_tokens
 from tokenops.types import Aux
 
@@ -74,29 +75,44 @@ class SeparableAttention(Attention):
         Returns:
             [B, K N, C], and which rows were kept: [B, N, H, K] int32, ascending in each list; None if there is no pool.
         """
-        qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm)
-        qkv = qkv.view(len(x), rows, -1, 3, self.num_heads, x.shape[2] // self.num_heads)
-        query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # [B, N, H, R, D]
+        batch, columns = len(x), x.shape[1] // rows
+        # column by column: over time each is a stretch of rows, and a sample
+        order = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).view(rows, columns).T.flatten()
+        qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm, order).view(batch * columns, rows, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B N, H, R, D]
         kept = None
         if self.pool is None:
             out = _attention(query, key, value, dropout_p=self.dropout_p)
         else:
             # as released, no dropout here
             probability, row_sq, unit = attention_matrix(query, key)
-            kept = self.rank(probability, row_sq)
+            kept = self.rank(*(part.unflatten(0, (batch, columns)) for part in (probability, row_sq)))
             if self.pool.resoftmax:
                 # softmax(p) v is attention again: the row p is its own list of logits if the keys are unit vectors
-                rows_kept = kept.long()[..., None].expand(-1, -1, -1, -1, unit.shape[4])
-                out = _attention(probability.gather(3, rows_kept), unit, value, scale=1.0)
+                out = _attention(probability, unit, value, scale=1.0)
             else:
-                out = _attention(query, key, value, q_index=kept)
-        if self.spatial is not None:
-            y = self.spatial(fused_linear(out.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1), self.proj.weight, self.proj.bias))
-            return y.view(len(x), -1, x.shape[2]), kept
-        both = qkv.movedim(3, 0)[:2] if kept is None else gather_rows(qkv, kept, 2)
-        query, key = both.transpose(3, 4)  # [B, K, H, N, D]
-        over_space = attend(query, key, out.permute(0, 3, 2, 1, 4), dropout_p=self.dropout_p)
-        return fused_linear(over_space.flatten(1, 2), self.proj.weight, self.proj.bias), kept
+                out = _attention(query, key, value)
+        if self.spatial is None:
+            y = fused_linear(self.over_space(query, key, out, batch, kept), self.proj.weight, self.proj.bias)
+        else:
+            grid = out.unflatten(0, (batch, columns)).permute(0, 3, 1, 2, 4)  # [B, R, N, H, D]
+            grid = grid if kept is None else gather_rows(grid, kept)
+            y = self.spatial(fused_linear(grid.flatten(3).flatten(0, 1), self.proj.weight, self.proj.bias))
+        return y.view(batch, -1, x.shape[2]), kept
+
+    def over_space(self, query: Tensor, key: Tensor, value: Tensor, batch: int, kept: Tensor | None) -> Tensor:
+        """The attention of each row of the grid, or of each rank of kept rows, three times [B N, H, R, D] -> [B, K N, C]."""
+        columns, rows = query.shape[0] // batch, query.shape[2]
+        at = partial(torch.arange, dtype=torch.int32, device=query.device)
+        rank = at(rows).expand(batch, columns, 1, rows) if kept is None else kept
+        # what is listed is read where it stands: ids of B N R rows, [1|H, B K N]
+        ids = (at(batch * columns).view(batch, columns, 1, 1) * rows + rank).permute(2, 0, 3, 1).flatten(1)
+        packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B N R, H, D]
+        bounds = at(0, ids.shape[1] + 1, columns)
+        options: dict[str, Any] = {"q_index": ids, "kv_index": ids, "dropout_p": self.dropout_p}
+        out = sparse_attention_varlen(packed[0], packed[1], packed[2], bounds, bounds, columns, columns, **options)
+        assert isinstance(out, Tensor)
+        return out.view(batch, -1, query.shape[1] * query.shape[3])
 
     def kept_of(self, rows: int) -> int:
         return rows if self.pool is None else rows - self.pool.drop
@@ -136,26 +152,25 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Ten
 
 
 def attention_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) of [B, N, H, R, D] as attention with unit vectors: the kernel of tiny problems serves it, and its gradient.
+    """softmax(q k^T / sqrt(D)) of [B, H, R, D] as attention with unit vectors: the kernel of tiny problems serves it, and its gradient.
 
     Returns:
-        [B, N, H, R, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, N, H, R]; the unit
-        vectors [1, 1, 1, R, R'].
+        [B, H, R, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, H, R]; the unit
+        vectors [1, 1, R, R'].
     """
-    rows = query.shape[3]
-    unit = torch.eye(rows, -(-rows // 8) * 8, dtype=query.dtype, device=query.device)[None, None, None]
+    rows = query.shape[2]
+    unit = torch.eye(rows, -(-rows // 8) * 8, dtype=query.dtype, device=query.device)[None, None]
     out, aux = sparse_attention(query, key, unit, return_aux=("row_sq",))
     assert isinstance(aux, Aux)
     assert isinstance(aux.row_sq, Tensor)
     return out, aux.row_sq, unit
 
 
-def gather_rows(x: Tensor, kept: Tensor, parts: int = 1) -> Tensor:
-    """Of [B, R, N, P, H, D] the rows [B, N, H, K], each head of each column by its own list: [parts, B, K, N, H, D], the first of the P."""
-    batch, rows, columns, stride, heads, width = x.shape
-    at = [torch.arange(size, device=x.device, dtype=kept.dtype) for size in (parts, batch, columns, heads)]
-    part, sample, column, head = (ids.view(-1, *[1] * after) for ids, after in zip(at, (4, 3, 1, 0), strict=True))
-    ids = (((sample * rows + kept.permute(0, 3, 1, 2)) * columns + column) * stride + part) * heads + head
+def gather_rows(x: Tensor, kept: Tensor) -> Tensor:
+    """Of [B, R, N, H, D] the rows [B, N, H, K], each head of each column by its own list: [B, K, N, H, D]."""
+    batch, rows, columns, heads, width = x.shape
+    sample, column, head = (torch.arange(size, device=x.device, dtype=kept.dtype) for size in (batch, columns, heads))
+    ids = ((sample[:, None, None, None] * rows + kept.permute(0, 3, 1, 2)) * columns + column[:, None]) * heads + head
     return x.reshape(-1, width).index_select(0, ids.flatten()).view(*ids.shape, width)
 
 
@@ -188,7 +203,7 @@ class VidTrBlock(nn.Module):
             own, grid = x[:, :alone], x[:, alone:]
             if kept is not None:
                 # the residual stream is pooled alike
-                grid = gather_rows(grid.unflatten(1, (rows, -1)).unflatten(3, (1, kept.shape[2], -1)), kept).view(y.shape)
+                grid = gather_rows(grid.unflatten(1, (rows, -1)).unflatten(3, (kept.shape[2], -1)), kept).view(y.shape)
                 x = torch.cat([own, grid], dim=1) if alone else grid
             if alone:
                 own = h[:, :1] if norm is None else norm(h[:, :1])
