@@ -75,15 +75,17 @@ class SeparableAttention(Attention):
         Returns:
             [B, K N, C], and which rows were kept: [B, N, H, K] int32, ascending in each list; None if there is no pool.
         """
-        batch, columns = len(x), x.shape[1] // rows
-        # column by column: over time each is a stretch of rows, and a sample
-        order = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).view(rows, columns).T.flatten()
-        qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm, order).view(batch * columns, rows, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B N, H, R, D]
-        kept = None
+        batch, columns, shape = len(x), x.shape[1] // rows, (3, self.num_heads, x.shape[2] // self.num_heads)
+        order, kept = None, None
+        if self.pool is not None:
+            # column by column: a list of kept rows is then short strides over what time has just read
+            order = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).view(rows, columns).T.flatten()
+        qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm, order)
         if self.pool is None:
+            query, key, value = qkv.view(batch, rows, columns, *shape).permute(3, 0, 2, 4, 1, 5)  # [B, N, H, R, D]
             out = _attention(query, key, value, dropout_p=self.dropout_p)
         else:
+            query, key, value = qkv.view(batch * columns, rows, *shape).permute(2, 0, 3, 1, 4)  # [B N, H, R, D]
             # as released, no dropout here
             probability, row_sq, unit = attention_matrix(query, key)
             kept = self.rank(*(part.unflatten(0, (batch, columns)) for part in (probability, row_sq)))
@@ -92,27 +94,30 @@ class SeparableAttention(Attention):
                 out = _attention(probability, unit, value, scale=1.0)
             else:
                 out = _attention(query, key, value)
-        if self.spatial is None:
-            y = fused_linear(self.over_space(query, key, out, batch, kept), self.proj.weight, self.proj.bias)
-        else:
-            grid = out.unflatten(0, (batch, columns)).permute(0, 3, 1, 2, 4)  # [B, R, N, H, D]
+        if self.spatial is not None:
+            grid = out.view(batch, columns, *out.shape[-3:]).permute(0, 3, 1, 2, 4)  # [B, R, N, H, D]
             grid = grid if kept is None else gather_rows(grid, kept)
             y = self.spatial(fused_linear(grid.flatten(3).flatten(0, 1), self.proj.weight, self.proj.bias))
+        else:
+            if kept is None:
+                y = attend(*(part.transpose(1, 3) for part in (query, key, out)), dropout_p=self.dropout_p)
+            else:
+                y = self.over_space(query, key, out, kept)
+            y = fused_linear(y.view(batch, -1, x.shape[2]), self.proj.weight, self.proj.bias)
         return y.view(batch, -1, x.shape[2]), kept
 
-    def over_space(self, query: Tensor, key: Tensor, value: Tensor, batch: int, kept: Tensor | None) -> Tensor:
-        """The attention of each row of the grid, or of each rank of kept rows, three times [B N, H, R, D] -> [B, K N, C]."""
-        columns, rows = query.shape[0] // batch, query.shape[2]
+    def over_space(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+        """The attention of each rank of kept rows, [B, N, H, K] of three times [B N, H, R, D] -> [B K N, H, D]."""
+        batch, columns = kept.shape[:2]
         at = partial(torch.arange, dtype=torch.int32, device=query.device)
-        rank = at(rows).expand(batch, columns, 1, rows) if kept is None else kept
-        # what is listed is read where it stands: ids of B N R rows, [1|H, B K N]
-        ids = (at(batch * columns).view(batch, columns, 1, 1) * rows + rank).permute(2, 0, 3, 1).flatten(1)
+        # what is listed is read where it stands: ids of B N R rows, [H, B K N]
+        ids = (at(batch * columns).view(batch, columns, 1, 1) * query.shape[2] + kept).permute(2, 0, 3, 1).flatten(1)
         packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B N R, H, D]
         bounds = at(0, ids.shape[1] + 1, columns)
         options: dict[str, Any] = {"q_index": ids, "kv_index": ids, "dropout_p": self.dropout_p}
         out = sparse_attention_varlen(packed[0], packed[1], packed[2], bounds, bounds, columns, columns, **options)
         assert isinstance(out, Tensor)
-        return out.view(batch, -1, query.shape[1] * query.shape[3])
+        return out
 
     def kept_of(self, rows: int) -> int:
         return rows if self.pool is None else rows - self.pool.drop
