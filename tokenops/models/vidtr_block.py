@@ -1,8 +1,8 @@
 """One layer of VidTr: attention over time, then over space, on one projection of the tokens; frames that are dropped between the two.
 
 The sources are vidtr.py's. Over time every column is a sample of its own, thousands of problems of a few rows; over space every row of the
-grid is a sequence, of a few hundred. Both read the projected tokens where they stand, by lists: pooling is a shorter list, no step copies
-tokens into another order, and only the residual stream is gathered.
+grid is one, of a few hundred. Both read the projected tokens where they stand: pooling is a list of rows, and only the residual stream is
+gathered. (Several clips without pooling: time works on a copy.)
 
 Letters: B batch, R rows of the grid, N columns, K rows kept, C channels, H heads, D head width.
 """
@@ -78,7 +78,7 @@ class SeparableAttention(Attention):
         batch, columns, shape = len(x), x.shape[1] // rows, (3, self.num_heads, x.shape[2] // self.num_heads)
         order, kept = None, None
         if self.pool is not None:
-            # column by column: a list of kept rows is then short strides over what time has just read
+            # column by column: over time a column is a stretch of rows, and over space a list names rows of all of them
             order = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).view(rows, columns).T.flatten()
         qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm, order)
         if self.pool is None:
