@@ -132,6 +132,35 @@ def _cases() -> Iterator[Case]:
 CASES: tuple[Case, ...] = tuple(_cases())
 
 
+def setting(case: Case) -> str:
+    """In words, what says how much a model leaves out."""
+    config = case.config
+    words = {
+        "haltingvt": lambda: f"keep {config.keep_rate[-1]:g}",
+        "eventful": lambda: f"k {case.k}",
+        "vidtr": lambda: f"drop {sum(pool.drop for pool in config.pools)}",
+        "sttm": lambda: f"M {config.meta_tokens}",
+        "tome": lambda: f"r {config.r}",
+    }
+    return words[case.model]()
+
+
+def other_settings(case: Case) -> list[Case]:
+    """The model leaving out less and more."""
+    config = case.config
+    if case.model == "haltingvt":
+        first = config.keep_rate[:-1]
+        return [case._replace(config=config._replace(keep_rate=(*first, rate))) for rate in (0.25, 0.75) if rate != config.keep_rate[-1]]
+    if case.model == "eventful":
+        return [case._replace(k=k) for k in (case.k // 4, case.k // 2, 2 * case.k)]
+    if case.model == "vidtr":
+        few = range(1, len(config.pools))
+        return [case._replace(config=config._replace(pool_layers=config.pool_layers[:n], pools=config.pools[:n])) for n in few]
+    if case.model == "sttm":
+        return [case._replace(config=config._replace(meta_tokens=config.meta_tokens * n // 4)) for n in (1, 2, 8)]
+    return [case._replace(config=config._replace(r=config.r * n // 3)) for n in (1, 2, 4)]
+
+
 class Report(NamedTuple):
     """What the demo says of a model beside its times."""
 
