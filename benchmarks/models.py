@@ -8,6 +8,7 @@ are the published one and the choices made, is what must vanish.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -154,8 +155,11 @@ def other_settings(case: Case) -> list[Case]:
     if case.model == "eventful":
         return [case._replace(k=k) for k in (case.k // 4, case.k // 2, 2 * case.k)]
     if case.model == "vidtr":
-        few = range(1, len(config.pools))
-        return [case._replace(config=config._replace(pool_layers=config.pool_layers[:n], pools=config.pools[:n])) for n in few]
+        drops = [pool.drop for pool in config.pools]
+        wanted = [[drop - 1 for drop in drops], [*drops[:-1], drops[-1] - 1], [*drops[:-1], drops[-1] + 1]]
+        possible = [some for some in wanted if min(some) > 0 and sum(some) < config.frames]
+        pools = [tuple(pool._replace(drop=drop) for pool, drop in zip(config.pools, some, strict=True)) for some in possible]
+        return [case._replace(config=replace(config, pools=each)) for each in pools]
     if case.model == "sttm":
         return [case._replace(config=config._replace(meta_tokens=config.meta_tokens * n // 4)) for n in (1, 2, 8)]
     return [case._replace(config=config._replace(r=config.r * n // 3)) for n in (1, 2, 4)]
