@@ -108,9 +108,9 @@ def _cases() -> Iterator[Case]:
     pools = {"pool_layers": (1, 3, 5), "pools": (TopKStd(2),) * 3}
     yield compact("C-VidTr-small", VidTrConfig(**sizes, **pools), VidTrConfig(**sizes), **small)
 
-    width: dict[str, Any] = {"dim": 192, "depth": 8, "num_heads": 3}
-    yield merging("STTM-small", "sttm", MergingConfig(**width, layer=4, mode="hard"), **small)
-    yield merging("ToMe-small-r150", "tome", MergingConfig(**width, r=150), **small)
+    width: dict[str, Any] = {"dim": 192, "depth": 8, "num_heads": 3, "frames": 8}
+    yield merging("STTM-small", "sttm", MergingConfig(**width, layer=4, windows=2, mode="hard"), **small)
+    yield merging("ToMe-small-r75", "tome", MergingConfig(**width, r=75), **small)
 
     yield halting("HaltingVT-S-G0.5", HaltingVT.PRESETS["minik_g05_beta20"], start=3.0, drift=0.15)
     # of 12 layers each third is global: three of them take a third of the time
