@@ -1,0 +1,475 @@
+"""Small video transformers learn to tell motions apart on a CPU, and are compared by what their accuracy costs. Nothing is downloaded.
+
+    python examples/train_motion.py                                    all models, one after the other
+    python examples/train_motion.py --model halting --steps 500        one of them, for less long
+    torchrun --nproc-per-node 2 examples/train_motion.py               each batch divided among two processes
+
+A textured shape moves over a textured ground, among others that lie still. The class is how it moves, and each class is another one
+played backwards: which frames a clip is made of says nothing, their order says it all. Clips are drawn as they are needed, never twice.
+
+A run that was interrupted goes on where its last checkpoint was. A model that is trained already is only measured again, so a last call
+with all models makes the table and the picture. Needs `pip install 'tokenops[bench]'`.
+
+Letters: B clips, T frames, N tokens, C channels, O shapes; S pixels are the side of a frame.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenops.benchmarks.chart import COLOURS, MARKS
+from tokenops.benchmarks.environment import environment
+from tokenops.benchmarks.harness import Spread
+from tokenops.models import BackboneConfig, CompactVidTr, HaltingConfig, HaltingVT, TopKStd, VidTrConfig, ViViT, ViViTConfig
+from tokenops.models.blocks import Block, initialise
+from tokenops.models.haltingvt import PatchEmbed
+
+# a class of an odd number is the one before it, played backwards
+MOTIONS = ("right", "left", "down", "up", "clockwise", "anticlockwise", "growing", "shrinking")
+FRAMES, SIDE, PATCH = 8, 48, 8
+GRID = SIDE // PATCH
+SHAPES = 4  # the first one moves
+
+DIM, HEADS, DEPTH = 64, 2, 6
+PONDER = 2e-3  # weight of the ponder cost in HaltingVT's loss
+CHOSEN = (18, 12, 9, 6)  # how many of a step's 37 tokens the eventful gates let through, setting by setting
+
+WARM_UP = 100  # steps in which the learning rate rises
+TEST_SEED = 1_000_000_000  # of the clips that models are compared on: the same ones whatever they were trained with
+TEST_CLIPS, TEST_BATCH = 2048, 64
+# what a reduced model is meant to keep, and to need at most
+POINTS, SHARE = 0.02, 0.60
+
+
+class Scenes(NamedTuple):
+    """What clips show, as numbers; far smaller than their pixels, so that every process can draw a whole batch and render its part."""
+
+    label: Tensor  # [B] in MOTIONS
+    centre: Tensor  # [B, O, 2] x to the right and y down, in pixels; of the middle of the motion
+    radius: Tensor  # [B, O]
+    outline: Tensor  # [B, O] 0 disc, 1 square, 2 diamond
+    reach: Tensor  # [B] pixels that the motion goes from its middle
+    phase: Tensor  # [B] where on its circle the middle is
+    wave: Tensor  # [B, O + 1, 3] texture of the shapes and of the ground: frequency along x and y, phase
+    colour: Tensor  # [B, O + 1, 2, 3] that the texture goes between, in 0 .. 1
+
+
+def draw(count: int, generator: torch.Generator) -> Scenes:
+    """The next scenes; the generator's state is all that decides them."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    label = torch.randint(len(MOTIONS), (count,), generator=generator)
+    outline = torch.randint(3, (count, SHAPES), generator=generator)
+    radius, reach = uniform(4.0, 7.0, SHAPES), uniform(8.0, 13.0)
+    # the moving shape stays inside, all the way and at its largest; the others may be cut off
+    kind = label // 2
+    along = torch.stack([(kind == 0) | (kind == 2), (kind == 1) | (kind == 2)], 1)
+    margin = 1.5 * radius[:, :1] + reach[:, None] * along
+    centre = uniform(0.0, SIDE, SHAPES, 2)
+    centre[:, 0] = margin + centre[:, 0] * (1 - 2 * margin / SIDE)
+    direction, frequency = uniform(0.0, 2 * math.pi, SHAPES + 1), uniform(0.4, 1.0, SHAPES + 1)
+    wave = torch.stack([frequency * direction.cos(), frequency * direction.sin(), uniform(0.0, 2 * math.pi, SHAPES + 1)], 2)
+    colour = uniform(0.0, 1.0, SHAPES + 1, 2, 3)
+    # a ground of less contrast than what lies on it
+    colour[:, -1] = 0.35 + 0.3 * colour[:, -1]
+    return Scenes(label, centre, radius, outline, reach, uniform(0.0, 2 * math.pi), wave, colour)
+
+
+def render(scenes: Scenes) -> Tensor:  # [B, 3, T, S, S] in -1 .. 1
+    kind = scenes.label[:, None] // 2
+    moment = torch.linspace(-1.0, 1.0, FRAMES) * (1 - 2 * (scenes.label[:, None] % 2))  # [B, T], backwards for odd labels
+    angle = scenes.phase[:, None] + 0.75 * math.pi * moment
+    x = scenes.reach[:, None] * torch.where(kind == 0, moment, angle.cos() * (kind == 2))
+    y = scenes.reach[:, None] * torch.where(kind == 1, moment, angle.sin() * (kind == 2))
+    size = 1.0 + 0.5 * moment * (kind == 3)
+    still = torch.zeros(len(kind), 1)
+    image = _texture(scenes, SHAPES, *_places(still, still))
+    for shape in range(1, SHAPES):
+        image = _painted(image, scenes, shape, still, still, still + 1.0)
+    return 2.0 * _painted(image, scenes, 0, x, y, size) - 1.0
+
+
+def _places(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> [B, T, 1, S], [B, T, S, 1]
+    """Each pixel's distance from (x, y) along either axis."""
+    pixel = torch.arange(SIDE) + 0.5
+    return (pixel - x[..., None])[:, :, None], (pixel - y[..., None])[..., None]
+
+
+def _texture(scenes: Scenes, at: int, dx: Tensor, dy: Tensor) -> Tensor:  # [B, 3, T, S, S]
+    along_x, along_y, phase = scenes.wave[:, at, :, None, None, None].unbind(1)
+    mix = 0.5 + 0.5 * torch.sin(along_x * dx + along_y * dy + phase)
+    first, second = scenes.colour[:, at, :, :, None, None, None].unbind(1)
+    return first + (second - first) * mix[:, None]
+
+
+def _painted(image: Tensor, scenes: Scenes, at: int, x: Tensor, y: Tensor, size: Tensor) -> Tensor:
+    """The image with a shape on it, x and y away from its centre and ``size`` times as large, [B, T] each."""
+    dx, dy = _places(scenes.centre[:, at, :1] + x, scenes.centre[:, at, 1:] + y)
+    outline = scenes.outline[:, at, None, None, None]
+    distance = torch.where(outline == 0, torch.hypot(dx, dy), torch.where(outline == 1, torch.maximum(dx.abs(), dy.abs()), dx.abs() + dy.abs()))
+    # an edge half covers its pixel
+    cover = (scenes.radius[:, at, None, None, None] * size[..., None, None] - distance + 0.5).clamp(0.0, 1.0)
+    return image + cover[:, None] * (_texture(scenes, at, dx, dy) - image)
+
+
+class Dense(nn.Module):
+    """The baseline: a class token and all patches of all frames, every token attending to every token in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(PATCH, DIM)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, DIM).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1, GRID * GRID, DIM).normal_(std=0.02))
+        self.time_embed = nn.Parameter(torch.empty(1, FRAMES, 1, DIM).normal_(std=0.02))
+        self.blocks = nn.ModuleList(Block(DIM, HEADS) for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(DIM, 1e-6)
+        self.head = nn.Linear(DIM, len(MOTIONS))
+        initialise(self)
+
+    def forward(self, clips: Tensor) -> Tensor:  # [B, 3, T, S, S] -> [B, classes]
+        x = self.patch_embed(clips).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), (x + self.pos_embed + self.time_embed).flatten(1, 2)], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+    def flops(self) -> int:
+        """Multiply-adds of a clip."""
+        patches = FRAMES * GRID * GRID
+        tokens = 1 + patches
+        return patches * 3 * PATCH * PATCH * DIM + DEPTH * tokens * (12 * DIM * DIM + 2 * tokens * DIM) + DIM * len(MOTIONS)
+
+
+class SmallViViT(ViViT):
+    """Trained without gates, as if each step were a first frame; what they do to its accuracy is seen in the test."""
+
+    def __init__(self) -> None:
+        block = {"dim": DIM, "heads": HEADS}
+        spatial = BackboneConfig(block, DEPTH - 2, (GRID, GRID), block_class="EventfulBlock")
+        temporal = BackboneConfig(block, 2, (FRAMES // 2,))
+        shape = (FRAMES, 3, SIDE, SIDE)
+        config = ViViTConfig(len(MOTIONS), shape, spatial, temporal, spatial_views=1, temporal_views=1, tubelet_shape=(2, PATCH, PATCH))
+        super().__init__(config, ("topk", {"k": CHOSEN[0]}), mode="exact")
+
+    def forward(self, clips: Tensor, k: int | None = None) -> Tensor:  # [B, 3, T, S, S] -> [B, classes]
+        """With ``k`` the gates let so many tokens through, from a clip's second step on."""
+        view = clips.transpose(1, 2)
+        if k is not None:
+            self.spatial_model.backbone.set_policy(("topk", {"k": k}))
+            return self.classify(self.features(view))
+        steps = self.patch_embed(view)
+        return self.classify(self.spatial_model(steps.flatten(0, 1))[0].unflatten(0, steps.shape[:2]))
+
+
+def small_halting() -> HaltingVT:
+    return HaltingVT(
+        HaltingConfig(
+            keep_rate=(1.0, 0.4),
+            # from random weights: with the published centres, made for pretrained ones, no token would ever come near halting
+            halt_center=4.0,
+            frames=FRAMES,
+            classes=len(MOTIONS),
+            dim=DIM,
+            depth=DEPTH,
+            num_heads=HEADS,
+            image_size=SIDE,
+            patch_size=PATCH,
+            drop_path=0.0,
+            motion=False,
+        )
+    )
+
+
+def small_vidtr() -> CompactVidTr:
+    return CompactVidTr(
+        VidTrConfig(
+            frames=FRAMES,
+            cells=FRAMES * GRID * GRID,
+            dim=DIM,
+            depth=DEPTH,
+            num_heads=HEADS,
+            mlp_dim=4 * DIM,
+            num_classes=len(MOTIONS),
+            patch=PATCH,
+            pool_layers=(1, 2, 3),
+            pools=(TopKStd(2),) * 3,
+            # no clip comes twice, so there is nothing to regularise
+            dropout=0.0,
+            head_dropout=0.0,
+        )
+    )
+
+
+# clips to logits, and to a function that says how many multiply-adds all of them took
+Run = Callable[[Tensor], tuple[Tensor, Callable[[], int]]]
+
+
+class Recipe(NamedTuple):
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # of the model or its data-parallel wrapper, clips and labels
+    runs: Callable[[Any], dict[str, Run]]  # the trained model's settings to be compared
+
+
+def plain_loss(model: nn.Module, clips: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(clips), labels)
+
+
+def halting_loss(model: nn.Module, clips: Tensor, labels: Tensor) -> Tensor:
+    logits, stats = model(clips, return_stats=True)
+    return F.cross_entropy(logits, labels) + PONDER * stats.rho.mean()
+
+
+def halting_run(model: HaltingVT, clips: Tensor) -> tuple[Tensor, Callable[[], int]]:
+    result = model(clips, return_stats=True)
+    assert isinstance(result, tuple)
+    logits, stats = result
+    return logits, lambda: model.flops(token_counts=stats.token_counts).total
+
+
+def fixed(call: Callable[[Tensor], Any], each: int) -> Run:
+    """Where every clip takes as many multiply-adds."""
+    return lambda clips: (call(clips), lambda: each * len(clips))
+
+
+def eventful_runs(model: SmallViViT) -> dict[str, Run]:
+    runs = {"eventful, all tokens": fixed(model, model.flops().total)}
+    for k in CHOSEN:
+        runs[f"eventful, {k} tokens"] = fixed(lambda clips, k=k: model(clips, k), model.flops(k).total)
+    return runs
+
+
+RECIPES = {
+    "dense": Recipe(Dense, plain_loss, lambda model: {"dense": fixed(model, model.flops())}),
+    "halting": Recipe(small_halting, halting_loss, lambda model: {"halting": lambda clips: halting_run(model, clips)}),
+    "eventful": Recipe(SmallViViT, plain_loss, eventful_runs),
+    "vidtr": Recipe(small_vidtr, plain_loss, lambda model: {"C-VidTr": fixed(model, model.flops().total)}),
+}
+
+
+class Options(NamedTuple):
+    """What decides the weights of a trained model."""
+
+    steps: int = 3000
+    batch: int = 32  # of all processes together
+    seed: int = 0
+    rate: float = 1e-3
+
+
+class Trained(NamedTuple):
+    model: nn.Module
+    losses: list[float]  # step by step; of the whole batch
+    seconds: float  # spent on training, in all of its sittings
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Rises in a straight line, and then falls along half a cosine."""
+    warm_up = min(WARM_UP, options.steps // 10)
+    if step < warm_up:
+        return options.rate * (step + 1) / warm_up
+    return options.rate * 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / (options.steps - warm_up)))
+
+
+def train(
+    name: str, options: Options, checkpoint: Path, *, save_every: int = 100, on_step: Callable[[int, float], None] = lambda step, loss: None
+) -> Trained:
+    """The model of this name after all steps: from the beginning, or from the checkpoint on if there is one.
+
+    In a process group each process renders and computes its part of each batch, and the first one writes the checkpoints.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes, or the checkpoint was made with other options.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if options.batch % world:
+        raise ValueError(f"batch must be a multiple of the {world} processes, got {options.batch}")
+    torch.manual_seed(options.seed)
+    model = RECIPES[name].build().train()
+    # gradients that are zero but for rounding, as those of key biases, stay without effect by this eps; with the usual one a run would
+    # depend on how many processes summed them
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, weight_decay=0.05, eps=1e-6)
+    generator = torch.Generator().manual_seed(options.seed)
+    losses: list[float] = []
+    seconds = 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["made_with"] != {"model": name, **options._asdict()}:
+            raise ValueError(f"{checkpoint} must have been made with {name} and {options}, got {saved['made_with']}: move it away")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        losses, seconds = saved["losses"], saved["seconds"]
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    mine = slice(rank * options.batch // world, (rank + 1) * options.batch // world)
+    begin = time.perf_counter() - seconds
+    for step in range(len(losses), options.steps):
+        # all processes draw all scenes, so that their generators stay alike
+        scenes = Scenes._make(part[mine] for part in draw(options.batch, generator))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        loss = RECIPES[name].loss(parallel, render(scenes), scenes.label)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss = loss.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item() / world)
+        on_step(step + 1, losses[-1])
+        if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == options.steps):
+            seconds = time.perf_counter() - begin
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+            progress = {"made_with": {"model": name, **options._asdict()}, "losses": losses, "seconds": seconds}
+            # a checkpoint is never half of one
+            unfinished = checkpoint.with_suffix(".unfinished")
+            torch.save({**state, **progress}, unfinished)
+            os.replace(unfinished, checkpoint)
+    return Trained(model.eval(), losses, seconds)
+
+
+class Point(NamedTuple):
+    """A setting of a model."""
+
+    model: str
+    label: str
+    accuracy: float
+    macs: float  # of a clip
+    ms: Spread  # for a clip, in batches
+
+
+@torch.no_grad()
+def compare(models: Mapping[str, nn.Module], clips: int = TEST_CLIPS, batch: int = TEST_BATCH, on_batch: Callable[[], None] = lambda: None) -> list[Point]:
+    """All settings of all models on the same clips, batch by batch in turn, so that drift of the machine falls on all alike."""
+    runs = [(name, label, run) for name, model in models.items() for label, run in RECIPES[name].runs(model.eval()).items()]
+    right, macs, times = [0] * len(runs), [0] * len(runs), [[0.0][:0] for _ in runs]
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    for first in range(0, clips, batch):
+        scenes = draw(min(batch, clips - first), generator)
+        pixels = render(scenes)
+        for at, (_, _, run) in enumerate(runs):
+            if first == 0:
+                run(pixels)
+            begin = time.perf_counter()
+            logits, cost = run(pixels)
+            times[at].append((time.perf_counter() - begin) * 1e3 / len(pixels))
+            right[at] += int((logits.argmax(1) == scenes.label).sum())
+            macs[at] += cost()
+        on_batch()
+    return [Point(name, label, right[at] / clips, macs[at] / clips, Spread.of(times[at])) for at, (name, label, _) in enumerate(runs)]
+
+
+def table_of(points: Sequence[Point]) -> Table:
+    table = Table(title=f"{len(MOTIONS)} motions, clips of {FRAMES} frames of {SIDE} x {SIDE} pixels")
+    table.add_column("model")
+    for title in ("accuracy", "multiply-adds", "of dense", "ms per clip", "of dense", f"{POINTS * 100:.0f} points, {SHARE:.0%}"):
+        table.add_column(title, justify="right")
+    dense = next((point for point in points if point.model == "dense"), None)
+    for point in points:
+        cells = [point.label, f"{point.accuracy:.1%}", f"{point.macs / 1e6:.1f} M", "", f"{point.ms.median:.2f}", "", ""]
+        if dense is not None and point is not dense:
+            share = point.macs / dense.macs
+            cells[3], cells[5] = f"{share:.0%}", f"{point.ms.median / dense.ms.median:.0%}"
+            cells[6] = "kept" if point.accuracy >= dense.accuracy - POINTS and share <= SHARE else "not kept"
+        table.add_row(*cells)
+    return table
+
+
+def draw_curves(points: Sequence[Point], conditions: str, path: Path) -> None:
+    """Accuracy against multiply-adds, and against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True, layout="constrained")
+    for axes, title in zip(panels, ("million multiply-adds of a clip", "ms per clip, median; whiskers: quartiles"), strict=True):
+        for at, name in enumerate(dict.fromkeys(point.model for point in points)):
+            some = [point for point in points if point.model == name]
+            colour, mark = COLOURS[at % len(COLOURS)], MARKS[at % len(MARKS)]
+            places = [point.macs / 1e6 if axes is panels[0] else point.ms.median for point in some]
+            heights = [100 * point.accuracy for point in some]
+            axes.plot(places, heights, mark + "-", color=colour, markersize=6, markeredgecolor="white", linewidth=1, label=name)
+            if axes is panels[1]:
+                for point, height in zip(some, heights, strict=True):
+                    axes.plot([point.ms.low, point.ms.high], [height, height], color=colour, linewidth=1.5, alpha=0.6)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(title, fontsize=8.5)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.tick_params(length=0, labelsize=8)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    panels[0].set_ylabel("accuracy in percent", fontsize=8.5)
+    panels[0].legend(frameon=False, fontsize=8.5)
+    figure.suptitle(conditions, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--model", "names", multiple=True, type=click.Choice(list(RECIPES)), help="Repeatable.  [default: all]", show_default=False)
+@click.option("--steps", type=click.IntRange(min=1), default=Options().steps)
+@click.option("--batch", type=click.IntRange(min=1), default=Options().batch, help="Clips in a step, of all processes together.")
+@click.option("--seed", type=click.IntRange(0, TEST_SEED - 1), default=Options().seed)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("motion-out"), help="For checkpoints, numbers and picture.")
+def main(names: tuple[str, ...], steps: int, batch: int, seed: int, out: Path) -> None:
+    """Train small video transformers to recognise motion, then compare accuracy, multiply-adds and time."""
+    options = Options(steps, batch, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    models: dict[str, nn.Module] = {}
+    with Progress(*columns, console=console) if first else nullcontext() as progress:
+        for name in names or RECIPES:
+            task = progress.add_task(name, total=steps) if progress else None
+
+            def show(step: int, loss: float, name: str = name, task: Any = task) -> None:
+                if progress:
+                    progress.update(task, completed=step, description=f"{name}  loss {loss:.3f}")
+
+            try:
+                models[name], losses, seconds = train(name, options, out / f"{name}.pt", on_step=show)
+            except ValueError as error:
+                raise click.ClickException(str(error)) from error
+            if progress:
+                recent = losses[-100:]
+                progress.update(task, completed=steps, description=f"{name}  trained in {seconds / 60:.1f} min, loss {sum(recent) / len(recent):.3f}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not progress:
+            return
+        task = progress.add_task("comparing", total=-(-TEST_CLIPS // TEST_BATCH))
+        points = compare(models, on_batch=lambda: progress.advance(task))
+    env = environment()
+    conditions = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}; {steps} steps of {batch} clips, seed {seed}"
+    console.print(table_of(points))
+    console.print(f"{TEST_CLIPS} clips in batches of {TEST_BATCH}; {conditions}")
+    numbers = [{**point._asdict(), "ms": point.ms._asdict()} for point in points]
+    (out / "motion.json").write_text(json.dumps({"environment": env, "options": options._asdict(), "points": numbers}, indent=1) + "\n")
+    draw_curves(points, conditions, out / "motion.png")
+    console.print(f"numbers {out / 'motion.json'}, picture {out / 'motion.png'}")
+
+
+if __name__ == "__main__":
+    main()
