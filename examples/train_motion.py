@@ -52,8 +52,8 @@ PONDER = 2e-3  # weight of the ponder cost in HaltingVT's loss
 CHOSEN = (18, 12, 9, 6)  # how many of a step's 37 tokens the eventful gates let through, setting by setting
 
 WARM_UP = 100  # steps in which the learning rate rises
-TEST_SEED = 1_000_000_000  # of the clips that models are compared on: the same ones whatever they were trained with
-TEST_CLIPS, TEST_BATCH = 2048, 64
+TEST_SEED = 1_000_000_000  # of the clips that models are compared on
+TEST_BATCH = 64
 # what a reduced model is meant to keep, and to need at most
 POINTS, SHARE = 0.02, 0.60
 
@@ -125,7 +125,8 @@ def _painted(image: Tensor, scenes: Scenes, at: int, x: Tensor, y: Tensor, size:
     """The image with a shape on it, x and y away from its centre and ``size`` times as large, [B, T] each."""
     dx, dy = _places(scenes.centre[:, at, :1] + x, scenes.centre[:, at, 1:] + y)
     outline = scenes.outline[:, at, None, None, None]
-    distance = torch.where(outline == 0, torch.hypot(dx, dy), torch.where(outline == 1, torch.maximum(dx.abs(), dy.abs()), dx.abs() + dy.abs()))
+    distance = torch.where(outline == 0, torch.hypot(dx, dy), torch.maximum(dx.abs(), dy.abs()))
+    distance = torch.where(outline == 2, dx.abs() + dy.abs(), distance)
     # an edge half covers its pixel
     cover = (scenes.radius[:, at, None, None, None] * size[..., None, None] - distance + 0.5).clamp(0.0, 1.0)
     return image + cover[:, None] * (_texture(scenes, at, dx, dy) - image)
@@ -357,10 +358,11 @@ class Point(NamedTuple):
 
 
 @torch.no_grad()
-def compare(models: Mapping[str, nn.Module], clips: int = TEST_CLIPS, batch: int = TEST_BATCH, on_batch: Callable[[], None] = lambda: None) -> list[Point]:
+def compare(models: Mapping[str, nn.Module], clips: int, batch: int, on_batch: Callable[[], None] = lambda: None) -> list[Point]:
     """All settings of all models on the same clips, batch by batch in turn, so that drift of the machine falls on all alike."""
     runs = [(name, label, run) for name, model in models.items() for label, run in RECIPES[name].runs(model.eval()).items()]
-    right, macs, times = [0] * len(runs), [0] * len(runs), [[0.0][:0] for _ in runs]
+    right, macs = [0] * len(runs), [0] * len(runs)
+    times: list[list[float]] = [[] for _ in runs]
     generator = torch.Generator().manual_seed(TEST_SEED)
     for first in range(0, clips, batch):
         scenes = draw(min(batch, clips - first), generator)
@@ -429,8 +431,9 @@ def draw_curves(points: Sequence[Point], conditions: str, path: Path) -> None:
 @click.option("--steps", type=click.IntRange(min=1), default=Options().steps)
 @click.option("--batch", type=click.IntRange(min=1), default=Options().batch, help="Clips in a step, of all processes together.")
 @click.option("--seed", type=click.IntRange(0, TEST_SEED - 1), default=Options().seed)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("motion-out"), help="For checkpoints, numbers and picture.")
-def main(names: tuple[str, ...], steps: int, batch: int, seed: int, out: Path) -> None:
+@click.option("--clips", type=click.IntRange(min=1), default=2048, help="To compare on; the same ones whatever the seed.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("motion-out"), help="For checkpoints and results.")
+def main(names: tuple[str, ...], steps: int, batch: int, seed: int, clips: int, out: Path) -> None:
     """Train small video transformers to recognise motion, then compare accuracy, multiply-adds and time."""
     options = Options(steps, batch, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -454,17 +457,19 @@ def main(names: tuple[str, ...], steps: int, batch: int, seed: int, out: Path) -
                 raise click.ClickException(str(error)) from error
             if progress:
                 recent = losses[-100:]
-                progress.update(task, completed=steps, description=f"{name}  trained in {seconds / 60:.1f} min, loss {sum(recent) / len(recent):.3f}")
+                done = f"{name}  loss {sum(recent) / len(recent):.3f}, trained in {seconds / 60:.1f} min"
+                progress.update(task, completed=steps, description=done)
         if dist.is_initialized():
             dist.destroy_process_group()
         if not progress:
             return
-        task = progress.add_task("comparing", total=-(-TEST_CLIPS // TEST_BATCH))
-        points = compare(models, on_batch=lambda: progress.advance(task))
+        task = progress.add_task("comparing", total=-(-clips // TEST_BATCH))
+        points = compare(models, clips, TEST_BATCH, lambda: progress.advance(task))
     env = environment()
-    conditions = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}; {steps} steps of {batch} clips, seed {seed}"
+    machine = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
+    conditions = f"{machine}; {steps} steps of {batch} clips, seed {seed}"
     console.print(table_of(points))
-    console.print(f"{TEST_CLIPS} clips in batches of {TEST_BATCH}; {conditions}")
+    console.print(f"{clips} clips in batches of {TEST_BATCH}; {conditions}")
     numbers = [{**point._asdict(), "ms": point.ms._asdict()} for point in points]
     (out / "motion.json").write_text(json.dumps({"environment": env, "options": options._asdict(), "points": numbers}, indent=1) + "\n")
     draw_curves(points, conditions, out / "motion.png")
