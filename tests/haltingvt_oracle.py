@@ -159,7 +159,7 @@ def published(state: Mapping[str, Tensor], clip: Tensor, case: Case) -> Publishe
         out = out + z * (active * torch.where(reached, remain, h * going))[..., None]
         rho, remain, active = rho + remain * reached, remain - h * going, going
     feature = norm("norm", out)[:, 0]
-    margin = min((m.min().item() for m in margins), default=1.0)
+    margin = min((m.min().item() for m in margins if m.numel()), default=1.0)
     return Published(
         linear("cls_head.fc_cls", feature),
         feature,

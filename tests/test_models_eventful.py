@@ -206,6 +206,35 @@ def test_attention_kept_in_half_types(cast: str) -> None:
         assert_close(f"frame {frame}", out[0], want, getattr(torch, cast))
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["in place", "with gradients"])
+@pytest.mark.parametrize("variant", ["EventfulBlock", "gate before norm", "windows that do not fit", "exact, pooled, position bias"])
+def test_autocast(variant: str, grad: bool) -> None:
+    """Layers and attention in bfloat16, tokens in float32; the choices of the model without autocast."""
+    model, _, _ = backbone_of(**VARIANTS[variant][0], depth=2)
+    state, want_state = None, None
+    for x in film(4, 2, 24):
+        with torch.set_grad_enabled(grad):
+            want, want_state = model(x, want_state)
+            with torch.autocast("cpu", torch.bfloat16):
+                out, state = model(x, state, None if state is None else want_state.indices())
+        assert out.dtype == torch.float32
+        assert state.blocks[0].qkv.dtype == torch.bfloat16
+        assert_close("out", out, want, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_a_released_list_may_be_empty() -> None:
+    """A threshold that nothing passed, as the published files have it."""
+    model, _, _ = backbone_of(depth=1)
+    x, y = film(2, 1, 24)
+    _, state = model(x)
+    indices = {f"backbone.blocks.0.{gate}": torch.zeros(1, 0, dtype=torch.int64) for gate in NAMES.values()}
+    out, state = model(y, state, indices)
+    want, _ = backbone_of(depth=1, policy=("topk", {"k": 0}))[0](y, model(x)[1])
+    assert torch.equal(out, want)
+    assert {index.shape[1] for index in state.indices().values()} == {0}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["EventfulTokenwiseBlock", "EventfulMatmul1Block", "EventfulBlock"])
 @pytest.mark.parametrize("mode", ["paper", "exact"])

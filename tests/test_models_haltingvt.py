@@ -40,6 +40,7 @@ CASES = {
     "6 frames into 4, 96 pixels into 64": Case(8, clip=(2, 3, 6, 96, 96)),
     "3 frames into 4, 48 x 32 pixels": Case(5, clip=(2, 3, 3, 48, 32)),
     "weights of 96 pixels": Case(6, side=6, clip=(2, 3, 4, 96, 96)),
+    "DeiT-S": Case(7, heads=6, dim=384, depth=12, frames=2, clip=(2, 3, 2, 64, 64), drift=0.15),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -245,6 +246,14 @@ def test_drop_path_grows_with_depth_and_drops_whole_branches() -> None:
     assert seen == [(16 * 2, 4, 96), (2 * 4, 17, 96), (2, 65, 96)]
 
 
+def test_a_model_without_halting_trains_without_ponder_cost() -> None:
+    case = CASES["no halting"]
+    logits, stats = model_of(case).train()(clip_of(case), return_stats=True)
+    assert stats.rho is None
+    losses = halting_losses(logits, stats, torch.tensor([0, 1]), torch.tensor([1, 0]), ponder_weight=0.0)
+    losses.total.backward()
+
+
 def test_a_training_step() -> None:
     torch.manual_seed(0)
     config = HaltingConfig((1.0, 0.5), 5.0, frames=4, classes=3, dim=48, depth=4, num_heads=3, image_size=64, drop_path=0.3)
@@ -276,8 +285,17 @@ def test_losses() -> None:
     assert both.classification.item() == pytest.approx(-(log_p[0, 0] + log_p[0, 1] + log_p[1, 2]).item() / 2)
     weighted = halting_losses(logits, stats, labels, real, ponder_weight=0.0, motion_weight=0.001)
     assert weighted.total.item() == pytest.approx(plain.classification.item() + 0.001 * plain.motion.item())
-    with pytest.raises(ValueError, match="stats must have rho"):
-        halting_losses(logits, stats._replace(rho=None), labels, real)
+    without = stats._replace(rho=None, motion_logits=None)
+    assert_close(
+        "classification only",
+        halting_losses(logits, without, labels, real, ponder_weight=0, motion_weight=0).total,
+        plain[1],
+        torch.float32,
+    )
+    with pytest.raises(ValueError, match=r"stats\.rho must be given"):
+        halting_losses(logits, without, labels, real)
+    with pytest.raises(ValueError, match=r"stats\.motion_logits must be given"):
+        halting_losses(logits, without._replace(rho=stats.rho), labels, real)
 
 
 def test_real_fake_pairs() -> None:
@@ -464,7 +482,7 @@ def test_the_front_compiles_into_one_graph() -> None:
 
 def test_errors_name_the_argument() -> None:
     model = model_of(SMALL)
-    for shape in ((3, 4, 64, 64), (1, 1, 4, 64, 64), (1, 3, 4, 60, 64), (1, 3, 4, 64, 40)):
+    for shape in ((3, 4, 64, 64), (1, 1, 4, 64, 64), (1, 3, 4, 60, 64), (1, 3, 4, 64, 40), (0, 3, 4, 64, 64)):
         with pytest.raises(ValueError, match="clip must be"):
             model(torch.zeros(shape))
     with pytest.raises(ValueError, match="keep_rate must be in"):

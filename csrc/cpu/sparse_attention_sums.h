@@ -35,6 +35,28 @@ struct RowSums {
   template <Terms kTerms = Terms::added>
   void take(const Scalar* rows, const Scalar* steps, int64_t keys, float scale, const float* bias, const float* added, bool want_squares,
             const RelTerms& rel = {}) {
+    // a loop of its own for each: a choice inside costs the registers that half types need, a third of their speed
+    if (rel.height)
+      take_in<kTerms, true>(rows, steps, keys, scale, bias, added, want_squares, rel);
+    else
+      take_in<kTerms, false>(rows, steps, keys, scale, bias, added, want_squares, rel);
+  }
+
+  // to a maximum of at least `high`
+  TOKENOPS_INLINE void raise(const VecF<L> (&high)[V]) {
+    for (int v = 0; v < V; ++v) {
+      const VecF<L> risen = max(high[v], top[v]), shrink = exp2<L, 5>(top[v] - risen);
+      top[v] = risen;
+      total[v] *= shrink;
+      squares[v] *= shrink * shrink;
+      for (int64_t c = 0; c < value_width; ++c) store<L>(values + c * lanes + v * L, load<L>(values + c * lanes + v * L) * shrink);
+    }
+  }
+
+ private:
+  template <Terms kTerms, bool kRel>
+  __attribute__((noinline)) void take_in(const Scalar* rows, const Scalar* steps, int64_t keys, float scale, const float* bias,
+                                         const float* added, bool want_squares, const RelTerms& rel) {
     // what changes here lives in registers or on the stack: every store of a weight could alias a member
     RowSums sums = *this;
     const int64_t scalars = width / Dot::kPerScalar;
@@ -49,7 +71,7 @@ struct RowSums {
     for (int64_t j = 0; j < keys; j += kTileRows) {
       VecF<L> x[kTileRows][V];
       logit_tile<Dot, V>(rows + j * scalars, scalars, scalars, sums.query, scale, bias ? bias + j : nullptr,
-                         added ? added + j * lanes : nullptr, rel.from(j), x);
+                         added ? added + j * lanes : nullptr, kRel ? rel.from(j) : RelTerms{}, x);
       VecF<L> high[V];
       bool grown = false;
 #pragma GCC unroll 3
@@ -80,17 +102,6 @@ struct RowSums {
     }
     flush(keys);
     *this = sums;
-  }
-
-  // to a maximum of at least `high`
-  TOKENOPS_INLINE void raise(const VecF<L> (&high)[V]) {
-    for (int v = 0; v < V; ++v) {
-      const VecF<L> risen = max(high[v], top[v]), shrink = exp2<L, 5>(top[v] - risen);
-      top[v] = risen;
-      total[v] *= shrink;
-      squares[v] *= shrink * shrink;
-      for (int64_t c = 0; c < value_width; ++c) store<L>(values + c * lanes + v * L, load<L>(values + c * lanes + v * L) * shrink);
-    }
   }
 };
 

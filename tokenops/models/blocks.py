@@ -73,7 +73,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerN
         return F.linear(x if norm is None else norm(x), weight, bias)
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
-    return gathered_linear(rows, weight, bias, index=index, norm=affine, norm_eps=eps).view(*x.shape[:-1], -1)
+    return gathered_linear(rows, weight, bias, index=index, norm=affine, norm_eps=eps).view(*x.shape[:-1], len(weight))
 
 
 def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., C]

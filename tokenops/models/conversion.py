@@ -1,64 +1,24 @@
 """Any vision transformer of usual blocks on video, without training it again: the claim of "Eventful Transformers".
 
-Knows the blocks of timm's VisionTransformer, and of transformers' ViT, ViViT and VideoMAE (4 and 5), by the names of their parts; neither
-library is needed here.
+Which blocks it knows: attach.py.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenops.models.attach import Parts, find_blocks, kind_of, part, qkv_bias
 from tokenops.models.blocks import Mlp, MultiplyAdds
 from tokenops.models.eventful import EventfulState, count_blocks
 from tokenops.models.eventful_block import BLOCK_CLASSES, GATES, BlockConfig, BlockState, EventfulBlock, Policy, choice_of
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
-
-
-class Parts(NamedTuple):
-    """Where a kind of block has its parts."""
-
-    heads: str
-    norm1: str
-    qkv: tuple[str, ...]  # one layer for all three, or one each
-    proj: str
-    norm2: str
-    fc1: str
-    activation: str
-    fc2: str
-
-
-_TRANSFORMERS_NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
-_MLP = {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-KINDS = (
-    Parts("attn.num_heads", "norm1", ("attn.qkv",), "attn.proj", "norm2", activation="mlp.act", **_MLP),
-    # transformers 5
-    Parts(
-        "attention.num_attention_heads",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        proj="attention.o_proj",
-        activation="mlp.activation_fn",
-        **_TRANSFORMERS_NORMS,
-        **_MLP,
-    ),
-    # transformers 4, and VideoMAE
-    Parts(
-        "attention.attention.num_attention_heads",
-        qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-        proj="attention.output.dense",
-        fc1="intermediate.dense",
-        activation="intermediate.intermediate_act_fn",
-        fc2="output.dense",
-        **_TRANSFORMERS_NORMS,
-    ),
-)
 
 
 class _Frame:
@@ -97,11 +57,8 @@ class Eventful(nn.Module):
         if block_class not in BLOCK_CLASSES[1:]:
             raise ValueError(f"block_class must be one of {', '.join(BLOCK_CLASSES[1:])}, got {block_class!r}")
         self.model, self._frame = model, _Frame()
-        found = [(parent, name, block) for parent in model.modules() for name, block in parent.named_children() if _kind(block)]
-        if not found:
-            raise ValueError(f"model must have blocks as of timm or transformers, got {type(model).__name__} with none")
         blocks = []
-        for at, (parent, name, original) in enumerate(found):
+        for at, (parent, name, original) in enumerate(find_blocks(model)):
             block, gives_tuple = _converted(original, policy, mode, block_class)
             blocks.append(block)
             parent.register_module(name, _InPlace(block, at, self._frame, gives_tuple))
@@ -157,26 +114,11 @@ def eventful(model: nn.Module, policy: Policy = ("topk", {"k": 16}), mode: str =
     return Eventful(copy.deepcopy(model), policy, mode, block_class)
 
 
-def _at(block: nn.Module, path: str | tuple[str, ...]) -> Any:
-    return attrgetter(path)(block) if isinstance(path, str) else tuple(attrgetter(part)(block) for part in path)
-
-
-def _kind(block: nn.Module) -> Parts | None:
-    for kind in KINDS:
-        try:
-            for path in kind:
-                _at(block, path)
-        except AttributeError:
-            continue
-        return kind
-    return None
-
-
 @torch.no_grad()
 def _converted(original: nn.Module, policy: Policy, mode: str, block_class: str) -> tuple[EventfulBlock, bool]:
     """The block, and whether the one it replaces gives its result in a tuple."""
-    kind = cast("Parts", _kind(original))
-    get: dict[str, Any] = {name: _at(original, path) for name, path in kind._asdict().items()}
+    kind = cast("Parts", kind_of(original))
+    get: dict[str, Any] = {name: part(original, path) for name, path in kind._asdict().items()}
     fc1, proj = get["fc1"], get["proj"]
     width, hidden = proj.weight.shape[0], fc1.weight.shape[0]
     name, act = type(original).__name__, _activation(get["activation"])
@@ -192,7 +134,7 @@ def _converted(original: nn.Module, policy: Policy, mode: str, block_class: str)
         own.load_state_dict(given.state_dict())
         own.eps = given.eps
     block.attn.qkv.weight.copy_(torch.cat([layer.weight for layer in get["qkv"]]))
-    block.attn.qkv.bias.copy_(_qkv_bias(original, get["qkv"]))
+    block.attn.qkv.bias.copy_(qkv_bias(original, get["qkv"]))
     for layer, given, scale in ((block.attn.proj, proj, "ls1"), (block.mlp.fc1, fc1, ""), (block.mlp.fc2, get["fc2"], "ls2")):
         gamma = getattr(getattr(original, scale, None), "gamma", torch.ones_like(layer.bias))
         layer.weight.copy_(given.weight * gamma[:, None])
@@ -211,16 +153,6 @@ def _converted(original: nn.Module, policy: Policy, mode: str, block_class: str)
         raise ValueError(f"{name} must be a block of norm, attention, norm and MLP alone: with its own weights it computes something else")
     block.choice = choice_of(policy)
     return block.train(training), gives_tuple
-
-
-def _qkv_bias(original: nn.Module, layers: tuple[nn.Linear, ...]) -> Tensor:
-    biases: list[Tensor] = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-    # VideoMAE up to transformers 4 keeps the biases of queries and values beside the layers
-    holder = getattr(getattr(original, "attention", None), "attention", None)
-    for at, name in ((0, "q_bias"), (2, "v_bias")):
-        if getattr(holder, name, None) is not None:
-            biases[at] = getattr(holder, name)
-    return torch.cat(biases)
 
 
 def _activation(given: Any) -> str | None:

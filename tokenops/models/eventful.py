@@ -104,7 +104,6 @@ class EventfulBackbone(nn.Module):
         config: BackboneConfig | Mapping[str, Any],
         policy: Policy = ("topk", {"k": 16}),
         mode: str = "paper",
-        activation: str = "gelu",
     ) -> None:
         super().__init__()
         self.config = config = as_config(BackboneConfig, config, "config")
@@ -116,7 +115,7 @@ class EventfulBackbone(nn.Module):
         tokens = int(config.has_class_token) + torch.Size(learned).numel()
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, first.dim).normal_(std=0.02))
         blocks = nn.ModuleList(
-            EventfulBlock(options, self.grid, kind, class_token=config.has_class_token, policy=policy, mode=mode, activation=activation)
+            EventfulBlock(options, self.grid, kind, class_token=config.has_class_token, policy=policy, mode=mode)
             for kind, options in map(config.block, range(config.depth))
         )
         self.blocks = cast("list[EventfulBlock]", blocks)
@@ -203,6 +202,7 @@ class EventfulBackbone(nn.Module):
             return {}
         if state is None:
             raise ValueError("indices must not be given without a state: in a first frame every token is new")
+        indices = {name.removeprefix("backbone."): index for name, index in indices.items()}
         names = {at: [f"blocks.{at}.{gate}" for gate in GATES] for at, block in enumerate(self.blocks) if block.kind != "Block"}
         wanted = {name for gates in names.values() for name in gates}
         if wanted != set(indices):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenops.models.blocks import Block, attend, merge_heads
+from tokenops.models.blocks import Block, attend, fused_linear, fused_mlp, merge_heads
 from tokenops.ops.delta_matmul import (
     delta_attention,
     delta_attention_,
@@ -47,9 +47,7 @@ class BlockConfig(NamedTuple):
     window_size: Any = None
     pool_size: Any = None  # keys and values are averages over cells of so many tokens
     ats_fraction: float | None = None  # refused
-    matmul_2_cast: str | None = (
-        None  # "float16" or "bfloat16": how mode "paper" keeps attention matrix and values; no other mode keeps them
-    )
+    matmul_2_cast: str | None = None  # "float16" or "bfloat16": how mode "paper" keeps attention matrix and values; others keep none
     drop_path_rate: float = 0.0
     stgt: bool = False  # gates compare with the frame before
     gate_before_ln: bool = False
@@ -124,24 +122,25 @@ class EventfulBlock(Block):
             # the tables of the state would be constants
             tables = self.tables() if state is None or torch.is_grad_enabled() else state.tables
         if self.kind == "Block":
-            attended, _ = self._attend(self._filled(self.attn.qkv(self.norm1(x))), None, None, tables)
-            x = x + self.drop_path(self.attn.proj(attended))
-            return x + self.drop_path(self.mlp(self.norm2(x))), None
+            qkv = fused_linear(x, self.attn.qkv.weight, self.attn.qkv.bias, self.norm1)
+            attended, _ = self._attend(self._filled(qkv), None, None, tables)
+            x = x + self.drop_path(fused_linear(attended, self.attn.proj.weight, self.attn.proj.bias))
+            return x + self.drop_path(fused_mlp(x, self.mlp, self.norm2)), None
         old: Any = state or BlockState(*[None] * len(BlockState._fields))  # type: ignore[arg-type]  # a first frame has no buffers
         qkv_list, projection_list, mlp_list = forced or (None,) * 3
         # gates compare normalised tokens, unless they stand before the norms, which then are part of the layers
-        norm1, norm2 = ((norm.weight, norm.bias) for norm in (self.norm1, self.norm2))
-        early, late = ({}, norm1) if self.config.gate_before_ln else ({"norm": norm1, "norm_eps": self.norm1.eps}, None)
-        early_2, late_2 = ({}, norm2) if self.config.gate_before_ln else ({"norm": norm2, "norm_eps": self.norm2.eps}, None)
+        norms = [{"norm": (norm.weight, norm.bias), "norm_eps": norm.eps} for norm in (self.norm1, self.norm2)]
+        none: list[dict[str, Any]] = [{}, {}]
+        early, late = (none, norms) if self.config.gate_before_ln else (norms, none)
 
-        g1 = self._gate(x, old.qkv_reference, qkv_list, **early)
-        qkv = self._qkv(g1, old.qkv, late)
+        g1 = self._gate(x, old.qkv_reference, qkv_list, **early[0])
+        qkv = self._qkv(g1, old.qkv, **late[0])
         attended, attention = self._attend(qkv, None if state is None else g1.index, old.attention, tables)
         g2 = self._gate(attended, old.projection_reference, projection_list)
         projection = _updated(old.projection, g2, (self.attn.proj,))
         # under autocast layers give a half type, and the sum is x's
-        g3 = self._gate(self.drop_path(projection).to(x.dtype), old.mlp_reference, mlp_list, skip=x, **early_2)
-        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), late_2, self.norm2.eps, self.activation)
+        g3 = self._gate(self.drop_path(projection).to(x.dtype), old.mlp_reference, mlp_list, skip=x, **early[1])
+        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.activation, **late[1])
         chosen = None if state is None else (g1.index, g2.index, g3.index)
         new = BlockState(g1.reference, qkv, attention, g2.reference, projection, g3.reference, mlp, tables, chosen)
         return g3.total + self.drop_path(mlp), new
@@ -153,11 +152,10 @@ class EventfulBlock(Block):
             return delta_gate(x, reference, **options)
         return delta_gate_(x, reference, **options)
 
-    def _qkv(self, gate: DeltaGate, buffer: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _qkv(self, gate: DeltaGate, buffer: Tensor | None, **norm: Any) -> Tensor:
         if self.padded == self.grid:
-            return _updated(buffer, gate, (self.attn.qkv,), norm, self.norm1.eps)
-        layer = self.attn.qkv
-        rows = gathered_linear(gate.reference, layer.weight, layer.bias, index=gate, norm=norm, norm_eps=self.norm1.eps)
+            return _updated(buffer, gate, (self.attn.qkv,), **norm)
+        rows = gathered_linear(gate.reference, self.attn.qkv.weight, self.attn.qkv.bias, index=gate, **norm)
         if buffer is None:
             return self._filled(rows)
         if torch.is_grad_enabled():
@@ -302,23 +300,13 @@ def choice_of(policy: Policy) -> dict[str, Any]:
     return {"order": 2.0, **options}
 
 
-def _updated(
-    buffer: Tensor | None,  # [B, N, O]
-    gate: DeltaGate,
-    layers: tuple[nn.Module, ...],
-    norm: tuple[Tensor, Tensor] | None = None,
-    norm_eps: float = 1e-6,
-    activation: str = "gelu",
-) -> Tensor:
-    """The buffer with what one or two layers make of the tokens that the gate let through. Those are the rows of its new reference."""
+def _updated(buffer: Tensor | None, gate: DeltaGate, layers: tuple[nn.Linear, ...], **options: Any) -> Tensor:
+    """The buffer [B, N, O] with what one or two layers make of the tokens that the gate let through: the rows of its new reference."""
     weights = [part for layer in layers for part in (layer.weight, layer.bias)]
-    options: dict[str, Any] = {"index": gate, "norm": norm, "norm_eps": norm_eps}
-    if len(layers) == 2:
-        options["activation"] = activation
     layer: Any = gathered_linear if len(layers) == 1 else gathered_mlp
     if buffer is not None and not torch.is_grad_enabled():
-        return layer(gate.reference, *weights, out=buffer, **options)
-    rows = layer(gate.reference, *weights, **options)
+        return layer(gate.reference, *weights, index=gate, out=buffer, **options)
+    rows = layer(gate.reference, *weights, index=gate, **options)
     return rows if buffer is None else update_tokens(buffer, rows, index=gate)
 
 

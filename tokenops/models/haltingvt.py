@@ -89,7 +89,7 @@ class HaltingStats(NamedTuple):
     layers: Tensor  # [B, N] int32, joint layers that each token was computed in
     kept: tuple[Tensor, ...]  # of each pruning block, [B, T, K] the patches kept, best first, as numbered by the block before
     motion_logits: Tensor | None  # [B, 2] fake, real; None without that head
-    rho: Tensor | None  # [B, N] the ponder cost: layers taken part in, plus the remainder. None where it was not asked for
+    rho: Tensor | None  # [B, N] the ponder cost: layers taken part in, plus the remainder. None without halting, and where not asked for
 
 
 class PatchEmbed(nn.Module):
@@ -99,8 +99,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, H / P, W / P, T, C]
         p = self.proj.kernel_size[0]
-        if clip.dim() != 5 or clip.shape[1] != 3 or clip.shape[3] % p or clip.shape[4] % p:
-            raise ValueError(f"clip must be [B, 3, T, H, W] with H and W multiples of {p}, got {list(clip.shape)}")
+        if clip.dim() != 5 or clip.shape[1] != 3 or clip.shape[3] % p or clip.shape[4] % p or clip.numel() == 0:
+            raise ValueError(f"clip must be [B, 3, T, H, W], not empty, H and W multiples of {p}, got {list(clip.shape)}")
         patches = clip.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 3, 5, 2, 1, 4, 6)
         # not the convolution: as a matrix product the result comes in the order of the tokens
         return fused_linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
@@ -160,7 +160,8 @@ class Glimpser(Block):
 
 def glimpse(query: Tensor, key: Tensor) -> Tensor:  # [B, H, 1, D], [B, H, 1 + S, D] -> [B, S]
     """How much the class token attends to each patch, on average over the heads."""
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+    # head by head, for a product of all heads at once copies the keys
+    logits = torch.stack([q @ k.mT for q, k in zip((query * query.shape[-1] ** -0.5).unbind(1), key.unbind(1), strict=True)], 1)
     return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).mean(1)[:, 0, 1:]
 
 
@@ -369,7 +370,7 @@ class HaltingVT(nn.Module):
 
         The logits are differentiable with or without. Halting decisions are constants.
         """
-        ponder = self.training if ponder is None else ponder
+        ponder = self.config.halting and (self.training if ponder is None else ponder)
         z = self.embed(clip)
         kept: list[Tensor] = []
         blocks: list[Any] = list(self.blocks)
@@ -466,16 +467,19 @@ def halting_losses(
     The published configurations name a weight of 0.001 for the motion loss, which the released code reads and does not apply.
 
     Raises:
-        ValueError: the stats are those of inference.
+        ValueError: a part that has a weight is missing from the stats, which are those of inference, say.
     """
-    if stats.rho is None or stats.motion_logits is None:
-        raise ValueError("stats must have rho (model.train(), or ponder=True) and motion_logits (a model with that head), got None")
+    if ponder_weight and stats.rho is None:
+        raise ValueError("stats.rho must be given, by model.train() or ponder=True, or ponder_weight be 0, got None")
+    if motion_weight and stats.motion_logits is None:
+        raise ValueError("stats.motion_logits must be given, by a model with that head, or motion_weight be 0, got None")
     if labels.dim() == 1:
         classification = F.cross_entropy(logits, labels)
     else:
         classification = -(labels * logits.log_softmax(-1)).sum(1).mean()
-    ponder = ponder_weight * stats.rho.mean()
-    motion = motion_weight * F.cross_entropy(stats.motion_logits, motion_labels)
+    nothing = classification.new_zeros(())
+    ponder = nothing if stats.rho is None else ponder_weight * stats.rho.mean()
+    motion = nothing if stats.motion_logits is None else motion_weight * F.cross_entropy(stats.motion_logits, motion_labels)
     return Losses(classification + ponder + motion, classification, ponder, motion)
 
 

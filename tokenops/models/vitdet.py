@@ -55,6 +55,9 @@ class ViTDetConfig(NamedTuple):
     patch_size: tuple[int, int] = (16, 16)
     output_channels: int = 256
     scale_factors: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    # of the detector behind, which is not here
+    classes: int | None = None
+    detectron2_config: str | None = None
 
 
 VITDET_B = BackboneConfig(
