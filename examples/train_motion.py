@@ -37,7 +37,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tokenops.benchmarks.chart import COLOURS, MARKS
 from tokenops.benchmarks.environment import environment
 from tokenops.benchmarks.harness import Spread
-from tokenops.models import BackboneConfig, CompactVidTr, HaltingConfig, HaltingVT, TopKStd, VidTrConfig, ViViT, ViViTConfig
+from tokenops.models import (
+    BackboneConfig,
+    CompactVidTr,
+    HaltingConfig,
+    HaltingVT,
+    TopKStd,
+    VidTrConfig,
+    ViViT,
+    ViViTConfig,
+    attach_sttm,
+    attach_tome,
+    sttm,
+    tome,
+)
 from tokenops.models.blocks import Block, initialise
 from tokenops.models.haltingvt import PatchEmbed
 
@@ -50,6 +63,9 @@ SHAPES = 4  # the first one moves
 DIM, HEADS, DEPTH = 64, 2, 6
 PONDER = 2e-3  # weight of the ponder cost in HaltingVT's loss
 CHOSEN = (18, 12, 9, 6)  # how many of a step's 37 tokens the eventful gates let through, setting by setting
+MERGED = (16, 32, 40)  # tokens that ToMe merges in each block, of 289 at first, setting by setting
+# what STTM makes of 8 frames of 36 tokens, and before which block
+STTM = {"layers": (2,), "windows": (4,), "meta_tokens": (18,)}
 
 WARM_UP = 100  # steps in which the learning rate rises
 TEST_SEED = 1_000_000_000  # of the clips that models are compared on
@@ -153,11 +169,13 @@ class Dense(nn.Module):
             x = block(x)
         return self.head(self.norm(x[:, 0]))
 
-    def flops(self) -> int:
-        """Multiply-adds of a clip."""
-        patches = FRAMES * GRID * GRID
-        tokens = 1 + patches
-        return patches * 3 * PATCH * PATCH * DIM + DEPTH * tokens * (12 * DIM * DIM + 2 * tokens * DIM) + DIM * len(MOTIONS)
+
+class WithSTTM(Dense):
+    """The baseline with STTM in it, which is trained along with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attach_sttm(self, grid=(FRAMES, GRID, GRID), **STTM)
 
 
 class SmallViViT(ViViT):
@@ -251,6 +269,28 @@ def fixed(call: Callable[[Tensor], Any], each: int) -> Run:
     return lambda clips: (call(clips), lambda: each * len(clips))
 
 
+def dense_flops(r: int = 0) -> int:
+    """Multiply-adds of a clip, with ToMe if r > 0."""
+    tokens = {"tokens": 1 + FRAMES * GRID * GRID, "protected": 1}
+    return tome.flops(r, depth=DEPTH, dim=DIM, num_heads=HEADS, patch=3 * PATCH * PATCH, **tokens).total + DIM * len(MOTIONS)
+
+
+def sttm_flops() -> int:
+    tokens = {"grid": (FRAMES, GRID, GRID), "protected": 1}
+    return sttm.flops(**STTM, depth=DEPTH, dim=DIM, patch=3 * PATCH * PATCH, **tokens).total + DIM * len(MOTIONS)
+
+
+def dense_runs(model: Dense) -> dict[str, Run]:
+    """As it was trained, and with ToMe, which needs no training."""
+    runs = {"dense": fixed(model, dense_flops())}
+    for r in MERGED:
+        merging = Dense().eval()
+        merging.load_state_dict(model.state_dict())
+        attach_tome(merging, r)
+        runs[f"ToMe, r {r}"] = fixed(merging, dense_flops(r))
+    return runs
+
+
 def eventful_runs(model: SmallViViT) -> dict[str, Run]:
     runs = {"eventful, all tokens": fixed(model, model.flops().total)}
     for k in CHOSEN:
@@ -259,8 +299,9 @@ def eventful_runs(model: SmallViViT) -> dict[str, Run]:
 
 
 RECIPES = {
-    "dense": Recipe(Dense, plain_loss, lambda model: {"dense": fixed(model, model.flops())}),
-    "halting": Recipe(small_halting, halting_loss, lambda model: {"halting": lambda clips: halting_run(model, clips)}),
+    "dense": Recipe(Dense, plain_loss, dense_runs),
+    "sttm": Recipe(WithSTTM, plain_loss, lambda model: {"STTM": fixed(model, sttm_flops())}),
+    "halting": Recipe(small_halting, halting_loss, lambda model: {"HaltingVT": lambda clips: halting_run(model, clips)}),
     "eventful": Recipe(SmallViViT, plain_loss, eventful_runs),
     "vidtr": Recipe(small_vidtr, plain_loss, lambda model: {"C-VidTr": fixed(model, model.flops().total)}),
 }
@@ -350,8 +391,7 @@ def train(
 class Point(NamedTuple):
     """A setting of a model."""
 
-    model: str
-    label: str
+    label: str  # family, and what follows a comma says which member
     accuracy: float
     macs: float  # of a clip
     ms: Spread  # for a clip, in batches
@@ -360,14 +400,14 @@ class Point(NamedTuple):
 @torch.no_grad()
 def compare(models: Mapping[str, nn.Module], clips: int, batch: int, on_batch: Callable[[], None] = lambda: None) -> list[Point]:
     """All settings of all models on the same clips, batch by batch in turn, so that drift of the machine falls on all alike."""
-    runs = [(name, label, run) for name, model in models.items() for label, run in RECIPES[name].runs(model.eval()).items()]
+    runs = [part for name, model in models.items() for part in RECIPES[name].runs(model.eval()).items()]
     right, macs = [0] * len(runs), [0] * len(runs)
     times: list[list[float]] = [[] for _ in runs]
     generator = torch.Generator().manual_seed(TEST_SEED)
     for first in range(0, clips, batch):
         scenes = draw(min(batch, clips - first), generator)
         pixels = render(scenes)
-        for at, (_, _, run) in enumerate(runs):
+        for at, (_, run) in enumerate(runs):
             if first == 0:
                 run(pixels)
             begin = time.perf_counter()
@@ -376,7 +416,7 @@ def compare(models: Mapping[str, nn.Module], clips: int, batch: int, on_batch: C
             right[at] += int((logits.argmax(1) == scenes.label).sum())
             macs[at] += cost()
         on_batch()
-    return [Point(name, label, right[at] / clips, macs[at] / clips, Spread.of(times[at])) for at, (name, label, _) in enumerate(runs)]
+    return [Point(label, right[at] / clips, macs[at] / clips, Spread.of(times[at])) for at, (label, _) in enumerate(runs)]
 
 
 def table_of(points: Sequence[Point]) -> Table:
@@ -384,7 +424,7 @@ def table_of(points: Sequence[Point]) -> Table:
     table.add_column("model")
     for title in ("accuracy", "multiply-adds", "of dense", "ms per clip", "of dense", f"{POINTS * 100:.0f} points, {SHARE:.0%}"):
         table.add_column(title, justify="right")
-    dense = next((point for point in points if point.model == "dense"), None)
+    dense = next((point for point in points if point.label == "dense"), None)
     for point in points:
         cells = [point.label, f"{point.accuracy:.1%}", f"{point.macs / 1e6:.1f} M", "", f"{point.ms.median:.2f}", "", ""]
         if dense is not None and point is not dense:
@@ -404,12 +444,12 @@ def draw_curves(points: Sequence[Point], conditions: str, path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True, layout="constrained")
     for axes, title in zip(panels, ("million multiply-adds of a clip", "ms per clip, median; whiskers: quartiles"), strict=True):
-        for at, name in enumerate(dict.fromkeys(point.model for point in points)):
-            some = [point for point in points if point.model == name]
+        for at, family in enumerate(dict.fromkeys(point.label.partition(",")[0] for point in points)):
+            some = [point for point in points if point.label.partition(",")[0] == family]
             colour, mark = COLOURS[at % len(COLOURS)], MARKS[at % len(MARKS)]
             places = [point.macs / 1e6 if axes is panels[0] else point.ms.median for point in some]
             heights = [100 * point.accuracy for point in some]
-            axes.plot(places, heights, mark + "-", color=colour, markersize=6, markeredgecolor="white", linewidth=1, label=name)
+            axes.plot(places, heights, mark + "-", color=colour, markersize=6, markeredgecolor="white", linewidth=1, label=family)
             if axes is panels[1]:
                 for point, height in zip(some, heights, strict=True):
                     axes.plot([point.ms.low, point.ms.high], [height, height], color=colour, linewidth=1.5, alpha=0.6)
