@@ -63,7 +63,7 @@ SHAPES = 4  # the first one moves
 DIM, HEADS, DEPTH = 64, 2, 6
 PONDER = 2e-3  # weight of the ponder cost in HaltingVT's loss
 CHOSEN = (18, 12, 9, 6)  # how many of a step's 37 tokens the eventful gates let through, setting by setting
-MERGED = (16, 32, 40)  # tokens that ToMe merges in each block, of 289 at first, setting by setting
+MERGED = (24, 40, 56)  # tokens that ToMe merges in each block, of 289 at first, setting by setting
 # what STTM makes of 8 frames of 36 tokens, and before which block
 STTM = {"layers": (2,), "windows": (4,), "meta_tokens": (18,)}
 
