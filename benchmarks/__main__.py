@@ -1,4 +1,4 @@
-"""The command line: ``tokenops bench``, ``tokenops info``, ``tokenops compare``, ``tokenops picture``."""
+"""The command line: ``tokenops bench``, ``tokenops demo``, ``tokenops info``, ``tokenops compare``, ``tokenops picture``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from .record import Record
 from .roof import measure_roof
 
 ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
+# whole models: they take minutes, and run only when they are named
+MODELS = "models"
 
 # seconds of timing for each case, all contenders together
 BUDGET = {"quick": 1.0, "full": 6.0}
@@ -106,7 +108,8 @@ def bench(
 
     Every contender of a case gets the same inputs in the same process; its result is checked against the float64 reference, and a wrong one
     gets no time and no ratio. Then all are called in turn until the time is up. ROOM is an operation family: sparse_attention,
-    token_select, token_merge, delta_matmul. Without one, all are run. Exit status 1: a result of ours was wrong.
+    token_select, token_merge, delta_matmul. Without one, all of these are run. Only by its name: models, whole models beside dense ones.
+    Exit status 1: a result of ours was wrong.
 
     \b
     tokenops bench                                       the quick preset
@@ -167,8 +170,8 @@ def select_cases(cases: Sequence[Any], preset: str, dtypes: Sequence[str], patte
 
 
 def _room(name: str) -> ModuleType:
-    if name not in ROOMS:
-        raise click.UsageError(f"ROOM must be one of {', '.join(ROOMS)}, got {name!r}")
+    if name not in (*ROOMS, MODELS):
+        raise click.UsageError(f"ROOM must be one of {', '.join((*ROOMS, MODELS))}, got {name!r}")
     return import_module(f"{__package__}.{name}")
 
 
@@ -187,6 +190,8 @@ def _check_backends(backends: Sequence[str], modules: dict[str, ModuleType]) -> 
     for room, module in modules.items():
         known = [backend.name for backend in module.BACKENDS]
         for name in backends:
+            if not known:
+                raise click.UsageError(f"--backend does not go with {room}, whose operators choose their own, got {name!r}")
             if name not in known:
                 raise click.UsageError(f"--backend must be one of {', '.join(known)} for {room}, got {name!r}")
 
@@ -262,6 +267,56 @@ def _memory_words(touched: int) -> str:
     if not touched:
         return "malloc as it is (no glibc, or not restarted): large blocks may pay page faults on every call"
     return f"restarted with raised malloc thresholds and {touched >> 20} MiB touched beforehand, so calls do not pay page faults"
+
+
+@cli.command(short_help="Models that leave tokens out of a video, beside their dense twins.")
+@click.option("--video", "video_path", type=click.Path(), help="Any film.  [default: an excerpt of Big Buck Bunny]")
+@click.option("--model", type=click.Choice(["all", "haltingvt", "eventful", "vidtr"]), default="all", show_default=True)
+@click.option(
+    "--size",
+    type=click.Choice(["small", "published"]),
+    default="small",
+    show_default=True,
+    help="small: a minute in all; published: the papers' widths, some minutes (of ViTDet three blocks).",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every contender.  [default: torch's own]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True, help="Timing for each model.")
+@click.option(
+    "--pictures",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
+    default=".",
+    show_default=True,
+    help="Write them here.",
+)
+def demo(video_path: str | None, model: str, size: str, threads: int | None, device: str, seconds: float, folder: Path) -> None:
+    """Run HaltingVT, an Eventful Transformer and C-VidTr on a video, beside the dense transformers that they save on.
+
+    
+    fewer operations   how many times fewer multiply-adds than the dense twin
+    faster             how many times less time
+    saving in time     the second as a share of the first: 1 says that time follows operations
+
+    Weights are random. Exit status 1: a result was wrong.
+    """
+    from . import demo as show
+    from . import models
+
+    _check_device(device)
+    allocator.restart(sys.argv[1:])
+    if threads is not None:
+        harness.use_threads(threads)
+    allocator.touch_pool()
+    film = video_path or video.EXCERPT
+    request = Request(device, film=cache(partial(video.read_frames, film)))
+    cases = [case for case in models.CASES if model in ("all", case.model) and case.small == (size == "small")]
+    try:
+        right = show.run(console(), cases, request, seconds, folder, Path(film).name)
+    except video.VideoError as error:
+        raise click.ClickException(str(error)) from error
+    if not right:
+        sys.exit(1)
 
 
 @cli.command(short_help="Versions, op libraries, and why each backend is on or off.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
@@ -33,7 +34,7 @@ class Panel(NamedTuple):
     """A picture with lines between groups of patches."""
 
     image: Tensor  # [height, width, 3], float32 in 0 .. 1
-    member: Tensor | None  # [GRID, GRID], the group of each patch
+    member: Tensor | None  # [rows, columns], the group of each patch
     title: str
 
 
@@ -94,9 +95,14 @@ def sent_panels(frames: Tensor, first: int, sent: list[Tensor]) -> list[Panel]:
     """Frames in which the tokens that were not sent are dimmed."""
     panels = []
     for at, mask in enumerate(sent, first):
-        bright = torch.where(mask, 1.0, DIMMED).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
-        panels.append(Panel(frames[at] / 255 * bright[..., None], mask, f"frame {at}: {int(mask.sum())} of {GRID * GRID} tokens"))
+        panels.append(shaded(frames[at] / 255, mask.float(), f"frame {at}: {int(mask.sum())} of {GRID * GRID} tokens"))
     return panels
+
+
+def shaded(image: Tensor, share: Tensor, title: str) -> Panel:  # [height, width, 3], [rows, columns] in 0 .. 1
+    """An image whose patches are the darker the less there is of them, with lines between those that differ."""
+    bright = F.interpolate((DIMMED + (1.0 - DIMMED) * share)[None, None], image.shape[:2], mode="nearest")[0, 0]
+    return Panel(image * bright[..., None], share, title)
 
 
 def draw(panels: list[Panel], path: Path, title: str) -> None:
@@ -110,7 +116,8 @@ def draw(panels: list[Panel], path: Path, title: str) -> None:
         raise ChartError("a picture needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.7), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
-        axis.imshow(panel.image.numpy(), extent=(0, GRID, GRID, 0))
+        rows, columns = panel.image.shape[:2] if panel.member is None else panel.member.shape
+        axis.imshow(panel.image.numpy(), extent=(0, columns, rows, 0))
         if panel.member is not None:
             axis.add_collection(LineCollection(borders(panel.member), colors="white", linewidths=0.6))
         axis.set_title(panel.title, fontsize=10)

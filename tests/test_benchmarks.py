@@ -766,7 +766,7 @@ def test_select_cases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, delta_matmul, got 'no_such_room'"),
+        (["no_such_room"], "ROOM must be one of sparse_attention, token_select, token_merge, delta_matmul, models, got 'no_such_room'"),
         (["--backend", "abacus"], "--backend must be one of triton, cpu, .* got 'abacus'"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (["--case", "no-such-case"], "no case of the quick preset matches 'no-such-case'"),
@@ -911,7 +911,7 @@ def test_info() -> None:
     assert re.search(r"reference +on$", done.output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [(), ("bench",), ("info",), ("compare",), ("picture",)])
+@pytest.mark.parametrize("command", [(), ("bench",), ("demo",), ("info",), ("compare",), ("picture",)])
 def test_help(command: tuple[str, ...]) -> None:
     done = invoke(*command, "-h")
     assert done.exit_code == 0

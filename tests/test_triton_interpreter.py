@@ -64,10 +64,21 @@ def worker() -> Iterator[Worker]:
     worker.stop()
 
 
+# take 6 to 30 s each
+LONG = {
+    "token_merge_soft: tokens give away what they have at any temperature",
+    "token_merge_soft: lengths neither overflow nor vanish",
+    "token_merge_segments: bad plans stay inside",
+    "sparse_attention: positions and long ragged lists, fp32",
+    "sparse_attention: positions in a window, fp32",
+}
+
+
 def _checks() -> list[object]:
-    """The interpreter is slow: where a case is not tried in float16, its bfloat16 form is for the long run too."""
+    """The interpreter is slow. For the long run are the longest checks, and where a case is not tried in float16, its bfloat16 form."""
     names = all_checks()
-    long = {name for name in names if name.endswith(", bf16") and f"{name.removesuffix('bf16')}fp16" not in names}
+    assert names.keys() >= LONG
+    long = LONG | {name for name in names if name.endswith(", bf16") and f"{name.removesuffix('bf16')}fp16" not in names}
     return [pytest.param(name, marks=pytest.mark.full) if name in long else name for name in names]
 
 

@@ -39,25 +39,17 @@ bool read_list(std::vector<int32_t>& to, const IdLists& lists, int64_t sample, i
 
 // what the loops' pointers point into
 struct Lists {
-  std::vector<int32_t> rows, every, kept, cells, afresh;
+  std::vector<int32_t> kept, cells, afresh;
 };
 
-struct State {
-  DeltaAttention& p;
-  int64_t batch, heads, tokens, cells, width, value_width;
-
-  void* part(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) const {
-    check_rank(name, t, static_cast<int64_t>(sizes.size()));
-    check_dtype(name, t, dtype);
-    int64_t dim = 0;
-    for (int64_t size : sizes) check_size(name, t, dim++, size);
-    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-    return t.mutable_data_ptr();
-  }
-  float* rows(const char* name, const Tensor& t) const {
-    return static_cast<float*>(part(name, t, ScalarType::Float, {batch, heads, tokens}));
-  }
-};
+void* part_of_state(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  check_rank(name, t, static_cast<int64_t>(sizes.size()));
+  check_dtype(name, t, dtype);
+  int64_t dim = 0;
+  for (int64_t size : sizes) check_size(name, t, dim++, size);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return t.mutable_data_ptr();
+}
 
 int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor rows, OptionalTensor cells, OptionalTensor rel_h,
                OptionalTensor rel_w, double scale, double guard, int64_t refresh, double crossover, Tensor output, Tensor old_value,
@@ -69,11 +61,8 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
   check_rank("value", value, 4);
   const ScalarType dtype = query.scalar_type();
   const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2), keys = key.size(2);
-  for (int64_t width : {query.size(3), value.size(3)})
-    STD_TORCH_CHECK(width > 0 && width % 8 == 0 && width <= 256, "head widths must be multiples of 8 up to 256, got ", width);
   STD_TORCH_CHECK(tokens < INT32_MAX && keys < INT32_MAX, "there must be fewer than 2^31 - 1 tokens");
   STD_TORCH_CHECK(rows.has_value() == cells.has_value(), "rows and cells must be given together");
-  STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "rel_h and rel_w must be given together");
 
   DeltaAttention p{};
   SparseAttention& grids = p.grids;
@@ -82,58 +71,51 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
   grids.query_heads = grids.kv_heads = heads;
   grids.width = query.size(3);
   grids.value_width = value.size(3);
+  check_widths(grids);
   grids.query = grid_of("query", query, dtype, batch, heads, tokens, grids.width);
   grids.key = grid_of("key", key, dtype, batch, heads, keys, grids.width);
   grids.value = grid_of("value", value, dtype, batch, heads, keys, grids.value_width);
   grids.out = grid_of("out", out, dtype, batch, heads, tokens, grids.value_width);
   grids.scale = static_cast<float>(scale);
   grids.past_caches = batch * heads * tokens * grids.value_width * bytes_of(grids.storage) > kCaches;
-  if (rel_h) {
-    check_rank("rel_h", *rel_h, 4);
-    check_rank("rel_w", *rel_w, 4);
-    grids.rel_storage = storage_of("rel_h", *rel_h);
-    grids.rel_height = rel_h->size(3);
-    grids.rel_width = rel_w->size(3);
-    grids.rel_h = grid_of("rel_h", *rel_h, rel_h->scalar_type(), batch, heads, tokens, grids.rel_height);
-    grids.rel_w = grid_of("rel_w", *rel_w, rel_h->scalar_type(), batch, heads, tokens, grids.rel_width);
-    STD_TORCH_CHECK(grids.rel_height * grids.rel_width == keys, "rel_pos must be for a grid of ", keys, " cells");
-  }
+  set_rel_pos(grids, rel_h, rel_w, batch, tokens, keys);
   p.tokens = tokens;
   p.cells = keys;
   p.first = !rows.has_value();
   p.guard = static_cast<float>(guard);
-  const State state{p, batch, heads, tokens, keys, grids.width, grids.value_width};
-  p.output = static_cast<float*>(state.part("state.output", output, ScalarType::Float, {batch, heads, tokens, grids.value_width}));
-  p.old_value = state.part("state.value", old_value, old_value.scalar_type(), {batch, heads, keys, grids.value_width});
+  p.output = static_cast<float*>(part_of_state("state.output", output, ScalarType::Float, {batch, heads, tokens, grids.value_width}));
+  p.old_value = part_of_state("state.value", old_value, old_value.scalar_type(), {batch, heads, keys, grids.value_width});
   p.stored = storage_of("state.value", old_value);
   const bool paper = probability.has_value();
   if (paper) {
-    p.probability = state.part("state.probability", *probability, old_value.scalar_type(), {batch, heads, keys, tokens});
+    p.probability = part_of_state("state.probability", *probability, old_value.scalar_type(), {batch, heads, keys, tokens});
   } else {
     STD_TORCH_CHECK(old_key && maximum && total && peak && turn, "a state of mode exact has key, maximum, total, peak and turn");
     check_dtype("state.value", old_value, dtype);
-    p.old_key = state.part("state.key", *old_key, dtype, {batch, heads, keys, grids.width});
-    p.maximum = state.rows("state.maximum", *maximum);
-    p.total = state.rows("state.total", *total);
-    p.peak = state.rows("state.peak", *peak);
-    state.part("state.turn", *turn, ScalarType::Int, {});
+    p.old_key = part_of_state("state.key", *old_key, dtype, {batch, heads, keys, grids.width});
+    const auto statistic = [&](const char* name, const Tensor& t) {
+      return static_cast<float*>(part_of_state(name, t, ScalarType::Float, {batch, heads, tokens}));
+    };
+    p.maximum = statistic("state.maximum", *maximum);
+    p.total = statistic("state.total", *total);
+    p.peak = statistic("state.peak", *peak);
+    part_of_state("state.turn", *turn, ScalarType::Int, {});
   }
   // nothing is written before all lists are known to be in order
   const int64_t slice = paper || refresh <= 0 ? 0 : (tokens + refresh - 1) / refresh, turns = slice ? (tokens + slice - 1) / slice : 0;
   // a turn out of range is nobody's: another `refresh` may be asked for than in the frame before
   const int64_t now = p.first || paper ? 0 : *turn->const_data_ptr<int32_t>();
+  std::vector<int32_t> every_row(tokens), every_key(keys);
+  std::iota(every_row.begin(), every_row.end(), 0);
+  std::iota(every_key.begin(), every_key.end(), 0);
   std::vector<Lists> lists(batch);
   std::vector<DeltaLists> loop_lists(batch);
   int64_t most_changed = 0;
   for (int64_t s = 0; s < batch; ++s) {
     Lists& of = lists[s];
-    of.rows.resize(tokens);
-    std::iota(of.rows.begin(), of.rows.end(), 0);
-    of.every.resize(keys);
-    std::iota(of.every.begin(), of.every.end(), 0);
     if (p.first) {
-      of.cells = of.every;
-      of.afresh = of.rows;
+      of.cells = every_key;
+      of.afresh = every_row;
     } else {
       std::vector<int32_t> changed;
       if (!read_list(of.cells, IdLists(*cells, batch), s, keys) || !read_list(changed, IdLists(*rows, batch), s, tokens))
@@ -143,7 +125,7 @@ int64_t attend(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTenso
       for (int64_t row = std::max<int64_t>(now, 0) * slice; row < std::min((now + 1) * slice, tokens); ++row) fresh[row] = 1;
       for (int64_t row = 0; row < tokens; ++row) (fresh[row] ? of.afresh : of.kept).push_back(static_cast<int32_t>(row));
     }
-    loop_lists[s] = {list_of(of.rows), list_of(of.kept), list_of(of.cells), list_of(of.every)};
+    loop_lists[s] = {list_of(every_row), list_of(of.kept), list_of(of.cells), list_of(every_key)};
     most_changed = std::max(most_changed, loop_lists[s].cells.count);
   }
   p.lists = loop_lists.data();

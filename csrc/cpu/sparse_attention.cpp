@@ -55,8 +55,7 @@ struct Call {
     p.width = query.size(3);
     p.value_width = value.size(3);
     STD_TORCH_CHECK(p.kv_heads > 0 && p.query_heads % p.kv_heads == 0, "query heads must be a multiple of key heads");
-    for (int64_t width : {p.width, p.value_width})
-      STD_TORCH_CHECK(width > 0 && width % 8 == 0 && width <= 256, "head widths must be multiples of 8 up to 256, got ", width);
+    check_widths(p);
     p.queries = queries.lists();
     p.keys = keys.lists();
     p.query = grid_of("query", query, dtype, batch, p.query_heads, query.size(2), p.width, packed);
@@ -88,19 +87,8 @@ struct Call {
       p.mask_row = broadcast_stride(*attn_mask, 2);
       p.mask_column = broadcast_stride(*attn_mask, 3);
     }
-    STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "rel_h and rel_w must be given together");
-    if (rel_h) {
-      check_rank("rel_h", *rel_h, 4);
-      check_rank("rel_w", *rel_w, 4);
-      p.rel_storage = storage_of("rel_h", *rel_h);
-      p.rel_height = rel_h->size(3);
-      p.rel_width = rel_w->size(3);
-      p.rel_h = grid_of("rel_h", *rel_h, rel_h->scalar_type(), batch, p.query_heads, query.size(2), p.rel_height, packed);
-      p.rel_w = grid_of("rel_w", *rel_w, rel_h->scalar_type(), batch, p.query_heads, query.size(2), p.rel_width, packed);
-      on_grid = !packed || keys.longest_span() <= p.rel_height * p.rel_width;
-      STD_TORCH_CHECK(packed || p.rel_height * p.rel_width == key.size(2), "rel_pos must be for a grid of ", key.size(2), " key rows, got ",
-                      p.rel_height, " x ", p.rel_width);
-    }
+    set_rel_pos(p, rel_h, rel_w, batch, query.size(2), key.size(2), packed);
+    on_grid = !rel_h || !packed || keys.longest_span() <= p.rel_height * p.rel_width;
   }
 
   bool valid() const { return queries.valid() && keys.valid() && on_grid; }

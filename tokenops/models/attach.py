@@ -143,9 +143,9 @@ class OpenBlock:
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N, C] -> three times [B, H, N, D], views
         layers, norm = self.get["qkv"], self.get["norm1"]
         if self.fused:
-            rows = fused_linear(x, layers[0].weight, layers[0].bias, norm).chunk(3, -1)
+            rows = list(fused_linear(x, layers[0].weight, layers[0].bias, norm).chunk(3, -1))
         elif len(layers) == 1:
-            rows = layers[0](norm(x)).chunk(3, -1)
+            rows = list(layers[0](norm(x)).chunk(3, -1))
         else:
             x = norm(x)
             biases = qkv_bias(self.block, layers).chunk(3)
@@ -156,6 +156,7 @@ class OpenBlock:
     def mlp(self, x: Tensor) -> Tensor:  # [B, N, C]
         get = self.get
         if self.fused:
+            assert isinstance(self.block, Block)
             return x + get["path2"](fused_mlp(x, self.block.mlp, get["norm2"]))
         hidden = get["hidden_dropout"](get["activation"](get["fc1"](get["norm2"](x))))
         return x + get["path2"](get["scale2"](get["dropout2"](get["fc2"](hidden))))

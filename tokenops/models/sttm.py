@@ -267,8 +267,8 @@ class STTMAttachment(Attachment[Tokens]):
                 rest = stage.unmerge(rest.unflatten(1, merged.mass.shape[1:]), merged).flatten(1, 2)
             x = torch.cat([leading, rest], 1)
         # a report keeps no graph alive
-        merged = tuple(Merged(*(part.detach() for part in one[:5]), one.plan) for one in state.merged)
-        return x, Tokens(merged[-1].place, merged[-1].mass, merged)
+        report = tuple(Merged._make(part.detach() if isinstance(part, Tensor) else part for part in one) for one in state.merged)
+        return x, Tokens(report[-1].place, report[-1].mass, report)
 
     def detach(self) -> None:
         super().detach()

@@ -128,12 +128,9 @@ def match_keys(key: Tensor, r: int, *, class_token: bool = False, distill_token:
     batch, tokens = metric.shape[:2]
     sources, staying = (tokens + 1) // 2, (tokens + 1) // 2 - r
     at = torch.arange(sources, device=key.device)
-    masks: dict[str, Tensor] = {}
-    if class_token:
-        masks["a_mask"] = at > 0
-    if distill_token:
-        masks["b_mask"] = at[: tokens - sources] > 0
-    best, match = pairwise_argmax(metric[:, ::2], metric[:, 1::2], **masks)
+    a_mask = at > 0 if class_token else None
+    b_mask = at[: tokens - sources] > 0 if distill_token else None
+    best, match = pairwise_argmax(metric[:, ::2], metric[:, 1::2], a_mask=a_mask, b_mask=b_mask)
     # stable: of equal scores the lowest position goes first
     order = best.argsort(dim=1, descending=True, stable=True)
     leaving, unmerged = order[:, :r], order[:, r:]

@@ -83,6 +83,14 @@ def _device_of(problem: tuple[Any, ...]) -> torch.device:
     return (first if isinstance(first, Tensor) else first[0]).device
 
 
+def width_objections(query: Tensor, value: Tensor) -> list[str]:
+    """What the attention kernels have against head widths D and Dv."""
+    widths = {"D": query.shape[-1], "Dv": value.shape[-1]}
+    return [
+        f"{name} must be a multiple of 8 up to 256, got {width}" for name, width in widths.items() if width % 8 or not 8 <= width <= 256
+    ]
+
+
 def reads_contents(device: torch.device, backend: str) -> bool:
     """Whether to check ids, bounds and NaN here. The C++ kernels do it while they work; on a GPU it costs a wait, so only on request."""
     if device.type == "cpu":

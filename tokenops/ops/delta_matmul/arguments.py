@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import check_device, check_tensor, dense
+from tokenops.ops.arguments import check_device, check_tensor, dense, under_autocast
 from tokenops.types import DeltaGate, TokenIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +29,29 @@ def check_like(name: str, x: object, shape: tuple[int, ...], form: str, other_na
     if x.shape != shape:
         raise ValueError(f"{name} must be {form} = {list(shape)}, got {list(x.shape)}")
     check_device(name, x, other_name, other)
+
+
+def as_attention_grids(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, N, D], [B, H, N, D] and [B, H, N, Dv], in autocast's dtype."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_grid(name, x, "[B, H, N, D]")
+    query, key, value = under_autocast(query), under_autocast(key), under_autocast(value)
+    if query.shape[3] == 0:
+        raise ValueError(f"query must have a width of at least 1, got {list(query.shape)}")
+    check_like("key", key, tuple(query.shape), "[B, H, N, D]", "query", query)
+    check_like("value", value, (*query.shape[:3], value.shape[3]), "[B, H, N, Dv]", "query", query)
+    return query, key, value
+
+
+def check_cells(name: str, cell: tuple[int, int], grid: tuple[int, int], tokens: int, hint: str = "") -> None:
+    """Whether the grid holds so many tokens and falls into cells of this size, which the caller names."""
+    for pair_name, pair in ((name, cell), ("grid", grid)):
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"{pair_name} must be two positive numbers, got {tuple(pair)}")
+    if grid[0] * grid[1] != tokens:
+        raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
+    if grid[0] % cell[0] or grid[1] % cell[1]:
+        raise ValueError(f"{name} must divide grid {tuple(grid)}{hint}, got {tuple(cell)}")
 
 
 def plain_index(index: Tensor | TokenIndex | DeltaGate) -> Tensor:

@@ -18,9 +18,8 @@ from tokenops.ops.arguments import (
     check_tensor,
     dense,
     refuse_forward_mode,
-    under_autocast,
 )
-from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
+from tokenops.ops.delta_matmul.arguments import as_attention_grids, check_cells, plain_index
 from tokenops.ops.delta_matmul.backends import BACKENDS
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
@@ -178,16 +177,13 @@ def _arguments(
     """The problem, and the parts of the state; none in a first frame."""
     if mode not in ("exact", "paper"):
         raise ValueError(f"mode must be 'exact' or 'paper', got {mode!r}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_grid(name, x, "[B, H, N, D]")
-    query, key, value = under_autocast(query), under_autocast(key), under_autocast(value)
-    batch, heads, tokens, width = query.shape
-    if width == 0:
-        raise ValueError(f"query must have a width of at least 1, got {list(query.shape)}")
-    check_like("key", key, (batch, heads, tokens, width), "[B, H, N, D]", "query", query)
-    check_like("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, N, Dv]", "query", query)
+    query, key, value = as_attention_grids(query, key, value)
+    batch, _, tokens, width = query.shape
     _check_numbers(mode, guard, refresh, crossover, cast)
-    _check_pooling(pool, grid, tokens)
+    if (pool is None) != (grid is None):
+        raise ValueError(f"pool and grid go together, got pool={pool}, grid={grid}")
+    if pool is not None and grid is not None:
+        check_cells("pool", pool, grid, tokens)
     rows, cells = None, None
     if index is not None:
         if state is None:
@@ -233,20 +229,6 @@ def _check_numbers(mode: str, guard: float, refresh: int, crossover: float, cast
         raise ValueError(f"cast goes with mode 'paper', got mode {mode!r}")
     if cast not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"cast must be float32, bfloat16 or float16, got {cast}")
-
-
-def _check_pooling(pool: tuple[int, int] | None, grid: tuple[int, int] | None, tokens: int) -> None:
-    if (pool is None) != (grid is None):
-        raise ValueError(f"pool and grid go together, got pool={pool}, grid={grid}")
-    if pool is None or grid is None:
-        return
-    for name, pair in (("pool", pool), ("grid", grid)):
-        if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"{name} must be two positive numbers, got {tuple(pair)}")
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
-    if grid[0] % pool[0] or grid[1] % pool[1]:
-        raise ValueError(f"pool must divide grid {tuple(grid)}, got {tuple(pool)}")
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor, paper: bool, cast: torch.dtype | None) -> dict[str, tuple[Any, torch.dtype]]:

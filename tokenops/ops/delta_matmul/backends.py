@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenops import native
-from tokenops.ops.wings import backends, explain
+from tokenops.ops.wings import backends, explain, width_objections
 from tokenops.reference import delta_matmul as reference
 from tokenops.types import (
     DeltaAttentionProblem,
@@ -153,10 +153,7 @@ def _attention_objections(problem: DeltaAttentionProblem) -> list[str]:
     reasons = []
     if problem.query.dtype == torch.float64:
         reasons.append("float64 is served by the reference only")
-    for name, x in (("D", problem.query), ("Dv", problem.value)):
-        width = x.shape[3]
-        if width % 8 != 0 or not 8 <= width <= 256:
-            reasons.append(f"{name} must be a multiple of 8 up to 256, got {width}")
+    reasons += width_objections(problem.query, problem.value)
     if problem.rel_h is not None and problem.rel_w is not None and problem.rel_h.dtype != problem.rel_w.dtype:
         reasons.append("rel_h and rel_w must have one dtype")
     return reasons

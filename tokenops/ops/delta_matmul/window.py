@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenops.ops.arguments import as_lists, as_rel_pos, check_device, check_in_place, check_tensor, refuse_forward_mode, under_autocast
-from tokenops.ops.delta_matmul.arguments import check_grid, check_like, plain_index
+from tokenops.ops.arguments import as_lists, as_rel_pos, check_device, check_in_place, check_tensor, refuse_forward_mode
+from tokenops.ops.delta_matmul.arguments import as_attention_grids, check_cells, plain_index
 from tokenops.ops.sparse_attention import sparse_attention_varlen
 from tokenops.ops.wings import reads_contents
 from tokenops.reference import delta_matmul as reference
@@ -142,21 +142,9 @@ def _checked(
     rel_pos: tuple[Tensor, Tensor] | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_grid(name, x, "[B, H, N, D]")
-    query, key, value = under_autocast(query), under_autocast(key), under_autocast(value)
-    batch, heads, tokens, width = query.shape
-    if width == 0:
-        raise ValueError(f"query must have a width of at least 1, got {list(query.shape)}")
-    check_like("key", key, (batch, heads, tokens, width), "[B, H, N, D]", "query", query)
-    check_like("value", value, (batch, heads, tokens, value.shape[3]), "[B, H, N, Dv]", "query", query)
-    for name, pair in (("grid", grid), ("window", window)):
-        if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"{name} must be two positive numbers, got {tuple(pair)}")
-    if grid[0] * grid[1] != tokens:
-        raise ValueError(f"grid must hold query's N = {tokens} tokens, got {tuple(grid)}")
-    if grid[0] % window[0] or grid[1] % window[1]:
-        raise ValueError(f"window must divide grid {tuple(grid)} (pad the buffers once, see the docstring), got {tuple(window)}")
+    query, key, value = as_attention_grids(query, key, value)
+    batch, _, tokens, _ = query.shape
+    check_cells("window", window, grid, tokens, " (pad the buffers once, see the docstring)")
     rel_h, rel_w = as_rel_pos(rel_pos, (batch,), query, window[0] * window[1])
     if rel_h is not None and rel_h.shape[3] != window[0]:
         raise ValueError(f"rel_pos must be for windows of {window[0]} x {window[1]}, got {rel_h.shape[3]} rows")

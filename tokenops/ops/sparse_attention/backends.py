@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenops import native
-from tokenops.ops.wings import backends, explain
+from tokenops.ops.wings import backends, explain, width_objections
 from tokenops.reference import sparse_attention as reference
 from tokenops.types import AttentionGradients, AttentionProblem
 
@@ -55,10 +55,7 @@ def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[
     reasons = []
     if query.dtype == torch.float64:
         reasons.append("float64 is served by the reference only")
-    for name, x in (("D", query), ("Dv", value)):
-        width = x.shape[3]
-        if width % 8 != 0 or not 8 <= width <= 256:
-            reasons.append(f"{name} must be a multiple of 8 up to 256, got {width}")
+    reasons += width_objections(query, value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(3) != 1 and x.numel() > 0:
             reasons.append(f"{name} must have a dense last dimension, got strides {x.stride()}")
