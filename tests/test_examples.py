@@ -155,8 +155,11 @@ def test_reduced_models_need_few_enough_operations() -> None:
             costs |= {label: run(clips)[1]() / 2 for label, run in recipe.runs(train_motion.build(name).eval()).items()}
     assert costs["dense"] == train_motion.dense_flops()
     over = [label for label, cost in costs.items() if cost > train_motion.SHARE * costs["dense"]]
-    # the mildest setting of ToMe is there for the curve
-    assert over == ["dense", "ToMe, r 12"]
+    # the mildest setting of ToMe is there for the curve, and gates have to hold against the model without them
+    assert over == ["dense", "ToMe, r 12", "eventful, all tokens"]
+    gated = [label for label in costs if label.startswith("eventful") and label not in over]
+    assert len(gated) == len(train_motion.CHOSEN)
+    assert all(costs[label] <= train_motion.SHARE * costs["eventful, all tokens"] for label in gated)
 
 
 def test_gates_that_let_all_through_change_nothing() -> None:
@@ -165,7 +168,10 @@ def test_gates_that_let_all_through_change_nothing() -> None:
     with torch.no_grad():
         dense = model(clips)
         torch.testing.assert_close(model(clips, k=37), dense, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(model(clips, k=6), dense, rtol=1e-4, atol=1e-5)
+        gated = model(clips, k=6)
+        assert not torch.allclose(gated, dense, rtol=1e-4, atol=1e-5)
+        # as in training: some clips without gates, and the others with
+        torch.testing.assert_close(model(clips, k=6, ungated=1), torch.cat([dense[:1], gated[1:]]), rtol=1e-4, atol=1e-5)
 
 
 def test_comparison_counts_right_answers_and_multiply_adds(monkeypatch: pytest.MonkeyPatch) -> None:
