@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from motion import MOTIONS, SIDE, TRIPLES, Scenes, draw, render
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -64,7 +65,7 @@ DIM, HEADS, DEPTH = 64, 2, 5
 PONDER = 2e-3  # weight of the ponder cost in HaltingVT's loss
 CHOSEN = (14, 10, 6)  # how many of a step's 37 tokens the eventful gates let through, setting by setting; the first is trained with
 MERGED = (12, 24, 32)  # tokens that ToMe merges in each block, of 145 at first, setting by setting
-# what STTM makes of 4 times 36 tokens, and before which block
+# STTM makes 4 times 12 tokens of 4 times 36, before the third block
 STTM = {"layers": (2,), "windows": (4,), "meta_tokens": (12,)}
 
 WARM_UP = 100  # steps in which the learning rate rises
@@ -376,11 +377,13 @@ def compare(models: Mapping[str, Trained], clips: int, batch: int, on_batch: Cal
 
 
 def table_of(points: Sequence[Point]) -> Table:
-    table = Table(title=f"{len(MOTIONS)} motions, clips of {3 * TRIPLES} frames of {SIDE} x {SIDE} pixels")
+    title = f"{len(MOTIONS)} motions, clips of {3 * TRIPLES} frames of {SIDE} x {SIDE} pixels; MACs are multiply-adds"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
+    # every heading breaks into words short enough for a terminal of 80 columns
     goal = f"{POINTS * 100:.0f} points, {SHARE:.0%}"
-    for title in ("accuracy", "multiply-adds", "of dense", "ms per clip", "of dense", "min of training", goal):
-        table.add_column(title, justify="right")
+    for heading in ("accuracy", "million MACs", "of dense", "ms per clip", "of dense", "min to train", goal):
+        table.add_column(heading, justify="right")
     dense = next((point for point in points if point.label == "dense"), None)
     for point in points:
         share = duration = verdict = ""
@@ -390,8 +393,8 @@ def table_of(points: Sequence[Point]) -> Table:
             twins = [dense, *(other for other in points if other.label == f"{point.family}, all tokens")]
             if point not in twins:
                 kept = all(point.accuracy >= twin.accuracy - POINTS and point.macs <= SHARE * twin.macs for twin in twins)
-                verdict = "kept" if kept else "not kept"
-        accuracy, macs, ms = f"{point.accuracy:.1%}", f"{point.macs / 1e6:.1f} M", f"{point.ms.median:.2f}"
+                verdict = "yes" if kept else "no"
+        accuracy, macs, ms = f"{point.accuracy:.1%}", f"{point.macs / 1e6:.1f}", f"{point.ms.median:.2f}"
         table.add_row(point.label, accuracy, macs, share, ms, duration, f"{point.minutes:.1f}", verdict)
     return table
 

@@ -209,7 +209,7 @@ def test_the_table_says_what_was_kept() -> None:
     points = [train_motion.Point("dense", 0.945, 100.0, time, 1.0)]
     points += [train_motion.Point(label, accuracy, macs, time, 1.0) for label, (accuracy, macs) in settings.items()]
     *_, verdict = train_motion.table_of(points).columns
-    assert list(verdict.cells) == ["", "kept", "not kept", "not kept", "", "kept", "not kept", "not kept"]
+    assert list(verdict.cells) == ["", "yes", "no", "no", "", "yes", "no", "no"]
     # without the baseline there is nothing to compare with
     assert set(list(train_motion.table_of(points[1:]).columns)[-1].cells) == {""}
 
