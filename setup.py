@@ -1,6 +1,7 @@
 """Builds the op libraries with CMake and says why when it cannot. All else about the package is in pyproject.toml.
 
-Environment: TOKENOPS_BUILD = auto | none | cpu | cuda, TOKENOPS_SANITIZE = 1, MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, TORCH_DIR.
+Environment: TOKENOPS_BUILD = auto | none | cpu | cuda, TOKENOPS_SANITIZE = 1, TOKENOPS_EMULATED = 1, MAX_JOBS, CXX, CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, TORCH_DIR.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def choose_libraries() -> list[str]:
         return []
     if missing:
         sys.exit(f"tokenops: TOKENOPS_BUILD={request} needs {'; '.join(missing)}")
-    return ["_C_cpu", "_C_cuda"] if wants_cuda(request, torch) else ["_C_cpu"]
+    # for tests: it must not travel in a wheel, and nobody but a developer sets this
+    emulated = ["_C_emulated"] * (os.environ.get("TOKENOPS_EMULATED") == "1")
+    return ["_C_cpu", *["_C_cuda"] * wants_cuda(request, torch), *emulated]
 
 
 class BuildEverything(build):
@@ -121,6 +124,7 @@ class BuildOpLibraries(build_ext):
             "CMAKE_CXX_COMPILER": find_compiler(),
             "TORCH_DIR": find_torch(),
             "TOKENOPS_CUDA": "ON" if "_C_cuda" in libraries else "OFF",
+            "TOKENOPS_EMULATED": "ON" if "_C_emulated" in libraries else "OFF",
             "TOKENOPS_SANITIZE": "ON" if sanitize else "OFF",
             **(cuda_settings() if "_C_cuda" in libraries else {}),
         }

@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from oracle import Call, objections, problem_of
 
+from tokenops import native
 from tokenops.ops import delta_matmul, sparse_attention, token_merge, token_select
 from tokenops.reference.sparse_attention import example_inputs as sparse_attention_inputs
 
@@ -22,6 +23,10 @@ settings.register_profile("full", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
+if DEVICE == "cpu":
+    # the CUDA kernels run on an emulator, where that is built; test_dispatch.py says so where it is not
+    native.emulate_cuda()
+
 # a simple call of each room: a backend that objects to it cannot run here
 ROOMS = {
     "delta_matmul": (delta_matmul.BACKENDS, torch.zeros(1, 8, 8, device=DEVICE)),
@@ -32,6 +37,16 @@ ROOMS = {
 REFUSALS = {room: {backend.name: backend.objections(call) for backend in backends} for room, (backends, call) in ROOMS.items()}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", help="only tests of this backend; repeatable")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --backend, what no backend takes part in is left out."""
+    if config.getoption("--backend"):
+        items[:] = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``backend``: every backend of the room that can run here. Which cannot, and why, is reported by test_dispatch.py."""
     if "backend" not in metafunc.fixturenames:
@@ -39,7 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # test_<room>*.py
     file = metafunc.module.__name__.removeprefix("test_")
     [room] = [room for room in ROOMS if file.startswith(room)] or ["sparse_attention"]
-    available = [name for name, reasons in REFUSALS[room].items() if not reasons]
+    asked = metafunc.config.getoption("--backend")
+    available = [name for name, reasons in REFUSALS[room].items() if not reasons and (not asked or name in asked)]
     metafunc.parametrize("backend", available, scope="session")
 
 

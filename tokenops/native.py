@@ -11,6 +11,8 @@ import torch
 _library = torch.library.Library("tokenops", "FRAGMENT")
 # the instruction sets that are built in and supported here, comma-separated, worst to best
 _library.define("cpu_isas() -> str")
+# product [16, 8] = a [16, 16] b [8, 16]^T, half types: csrc/cuda/tile_product.cu
+_library.define("cuda_tile_product(Tensor(a!) product, Tensor a, Tensor b) -> ()")
 
 
 def _load(name: str) -> str | None:
@@ -29,6 +31,14 @@ def _load(name: str) -> str | None:
 CPU_ABSENT = _load("_C_cpu")
 # the CUDA library links symbols that a CPU build of torch does not have
 CUDA_ABSENT = _load("_C_cuda") if torch.version.cuda else "this torch is built without CUDA"
+# the kind of device that has the CUDA kernels
+CUDA_DEVICE = "cuda"
+
+
+def emulate_cuda() -> None:
+    """For tests: now the CUDA kernels run on CPU tensors and on no others, if their emulated form was built (TOKENOPS_EMULATED=1)."""
+    global CUDA_ABSENT, CUDA_DEVICE
+    CUDA_ABSENT, CUDA_DEVICE = _load("_C_emulated"), "cpu"
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenops import native
 from tokenops.dispatch import Backend
+from tokenops.ops import preference
 
 # Triton too reads it once: when it is imported
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,22 +35,29 @@ class Triton:
 
 
 def backends(
-    room: str, native_cpu: Callable[[str], Any] | None, reference: Any, objections: Callable[..., list[str]]
+    room: str,
+    native_cpu: Callable[[str], Any],
+    native_cuda: Any | None,
+    reference: Any,
+    objections: Callable[..., list[str]],
 ) -> tuple[Backend, ...]:
     """The backends of a room, in order of preference.
 
     Args:
-        native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one. None: the room has none yet.
+        native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one.
+        native_cuda: the backend of the CUDA C++ kernels. None: the room has none yet.
         objections: called with the problem (a tensor, or a tuple that begins with one): what no compiled kernel serves.
     """
     return (
         Backend("triton", Triton(room), partial(_triton_objections, Triton(room), objections)),
         *(
             Backend(f"cpu:{isa}" if isa else "cpu", native_cpu(isa), partial(_cpu_objections, isa, objections))
-            if native_cpu is not None
-            else Backend(f"cpu:{isa}" if isa else "cpu", None, lambda *problem, **request: [f"{room} has no C++ kernels yet"])
             for isa in ("", "avx512_bf16", "avx512", "avx2", "generic")
         ),
+        # behind those for the CPU, so that an emulator is never chosen unless it is named
+        Backend("cuda", native_cuda, partial(_cuda_objections, objections), partial(_cuda_leads, room))
+        if native_cuda is not None
+        else Backend("cuda", None, lambda *problem, **request: [f"{room} has no CUDA C++ kernels yet"]),
         Backend("reference", reference, lambda *problem, **request: []),
     )
 
@@ -64,6 +72,23 @@ def _cpu_objections(isa: str, objections: Callable[..., list[str]], *problem: An
     elif isa and isa not in native.cpu_isas():
         reasons.append(f"{isa} is not built in or not supported by this processor (here: {', '.join(native.cpu_isas())})")
     return reasons + objections(*problem, **request)
+
+
+def _cuda_objections(objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:
+    reasons = []
+    device = _device_of(problem)
+    if device.type != native.CUDA_DEVICE:
+        reasons.append(f"runs on {native.CUDA_DEVICE.upper()} tensors, got {device}")
+    if native.CUDA_ABSENT:
+        reasons.append(native.CUDA_ABSENT)
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append(f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {torch.cuda.get_device_capability(device)}")
+    return reasons + objections(*problem, **request)
+
+
+def _cuda_leads(room: str, *problem: Any) -> bool:
+    device = _device_of(problem)
+    return device.type == "cuda" and preference.rule_for(room, torch.cuda.get_device_capability(device), problem).backend == "cuda"
 
 
 def _triton_objections(triton: Triton, objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:

@@ -159,4 +159,4 @@ def _attention_objections(problem: DeltaAttentionProblem) -> list[str]:
     return reasons
 
 
-BACKENDS = backends("delta_matmul", NativeCPU, reference, _objections)
+BACKENDS = backends("delta_matmul", NativeCPU, None, reference, _objections)

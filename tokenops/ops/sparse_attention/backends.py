@@ -66,4 +66,4 @@ def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[
     return reasons
 
 
-BACKENDS = backends("sparse_attention", NativeCPU, reference, _objections)
+BACKENDS = backends("sparse_attention", NativeCPU, None, reference, _objections)

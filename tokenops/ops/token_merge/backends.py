@@ -140,4 +140,4 @@ def _objections(*grids: Tensor, names: str = "x") -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-BACKENDS = backends("token_merge", NativeCPU, reference, _objections)
+BACKENDS = backends("token_merge", NativeCPU, None, reference, _objections)
