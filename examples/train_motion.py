@@ -4,8 +4,8 @@
     python examples/train_motion.py --model halting --steps 300        one of them, for less long
     torchrun --nproc-per-node 2 examples/train_motion.py               each batch divided among two processes
 
-The clips are those of motion.py. Reduced models come about in either of two ways. STTM, HaltingVT, C-VidTr and eventful gates are
-trained in place, the gates in half of each batch. Token Merging, as in its paper, is added to the dense baseline after the training.
+The clips are those of motion.py. Reduced models come about in either of two ways: STTM, HaltingVT and C-VidTr are trained as they are, and
+a ViViT with eventful gates in half of each batch; Token Merging is added to the trained dense baseline, as in its paper.
 
 A run that was interrupted goes on where its last checkpoint was. A model that is trained already is only measured again, so a last call
 with all models makes the table and the picture. Needs `pip install 'tokenops[bench]'`.
@@ -158,7 +158,7 @@ def small_vidtr() -> CompactVidTr:
             num_classes=len(MOTIONS),
             patch=PATCH,
             pool_layers=(1, 2),
-            # the release puts rows that are probabilities through softmax once more, which leaves little of what was learned from scratch
+            # without the release's second softmax, which levels rows that are probabilities already
             pools=(TopKStd(1, resoftmax=False),) * 2,
             # no clip comes twice, so there is nothing to regularise
             dropout=0.0,
@@ -243,7 +243,7 @@ def build(name: str) -> nn.Module:
     """A model of this name, with random weights that are large enough.
 
     Those that vision transformers usually begin with, of a deviation of 0.02, are made for widths like 768. At this width a layer would
-    add next to nothing to its input, tokens would hardly know their places, and the loss would stay at chance for thousands of steps.
+    add next to nothing to its input, tokens would hardly know their places, and the loss would stay at chance for hundreds of steps.
     """
     model = RECIPES[name].build()
     for part in model.modules():
