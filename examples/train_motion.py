@@ -377,12 +377,12 @@ def compare(models: Mapping[str, Trained], clips: int, batch: int, on_batch: Cal
 
 
 def table_of(points: Sequence[Point]) -> Table:
-    title = f"{len(MOTIONS)} motions, clips of {3 * TRIPLES} frames of {SIDE} x {SIDE} pixels; MACs are multiply-adds"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = f"{len(MOTIONS)} motions, clips of {3 * TRIPLES} frames of {SIDE} x {SIDE} pixels; a MAC is a multiply-add"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
     # every heading breaks into words short enough for a terminal of 80 columns
     goal = f"{POINTS * 100:.0f} points, {SHARE:.0%}"
-    for heading in ("accuracy", "million MACs", "of dense", "ms per clip", "of dense", "min to train", goal):
+    for heading in ("right", "M MACs", "of dense", "ms per clip", "of dense", "min to train", goal):
         table.add_column(heading, justify="right")
     dense = next((point for point in points if point.label == "dense"), None)
     for point in points:
