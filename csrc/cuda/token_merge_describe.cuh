@@ -56,8 +56,34 @@ struct DescribeArguments {
   int usual;  // largest numbers of rows from 2^-usual to 2^usual are; 0: all are
 };
 
+struct Interval {
+  int low, high;
+};
+template <int kWarps>
+using PartialBox = Interval[kPlaces][kWarps];
+
+// The smallest box around the boxes of all threads of a block. `partial` is shared memory that nobody uses before or after.
+template <int kWarps>
+__device__ __forceinline__ void cover(Interval (&box)[kPlaces], PartialBox<kWarps>& partial) {
+  const auto lower = [](int x, int y) { return min(x, y); };
+  const auto higher = [](int x, int y) { return max(x, y); };
+#pragma unroll
+  for (int axis = 0; axis < kPlaces; ++axis) {
+    box[axis] = {fold_lanes(box[axis].low, lower), fold_lanes(box[axis].high, higher)};
+    if (lane_id() == 0) partial[axis][warp_id()] = box[axis];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int axis = 0; axis < kPlaces; ++axis)
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const Interval other = partial[axis][warp];
+      box[axis] = {lower(box[axis].low, other.low), higher(box[axis].high, other.high)};
+    }
+}
+
 struct DescribeShared {
-  int partial[kDescribeThreads / kWarp];
+  PartialBox<kDescribeThreads / kWarp> partial;
 };
 
 // A block of slots of a, or one of b.
@@ -117,15 +143,19 @@ __global__ void __launch_bounds__(kDescribeThreads) describe(const DescribeArgum
   if (!p.windowed) return;
   const int slot = first + threadIdx.x, id = static_cast<int>(threadIdx.x) < size ? grid.id(slot) : -1;
   const bool takes_part = side.takes_part(s, id);
+  Interval box[kPlaces];
   for (int axis = 0; axis < kPlaces; ++axis) {
     int place = 0;
     if (takes_part) place = side.place[s * side.place_sample + id * side.place_row + axis * side.place_axis];
     if (static_cast<int>(threadIdx.x) < size) side.of.place[(s * kPlaces + axis) * side.of.pitch + slot] = place;
-    const int least = fold_block(takes_part ? place : kHighestInt, shared.partial, [](int x, int y) { return min(x, y); });
-    const int greatest = fold_block(takes_part ? place : kLowestInt, shared.partial, [](int x, int y) { return max(x, y); });
-    if (threadIdx.x) continue;
-    int* bounds = side.of.bounds + s * 2 * kPlaces * side.of.blocks + block;
-    bounds[axis * side.of.blocks] = least, bounds[(kPlaces + axis) * side.of.blocks] = greatest;
+    box[axis] = takes_part ? Interval{place, place} : Interval{kHighestInt, kLowestInt};
+  }
+  cover(box, shared.partial);
+  if (threadIdx.x) return;
+  int* bounds = side.of.bounds + s * 2 * kPlaces * side.of.blocks + block;
+  for (int axis = 0; axis < kPlaces; ++axis) {
+    bounds[axis * side.of.blocks] = box[axis].low;
+    bounds[(kPlaces + axis) * side.of.blocks] = box[axis].high;
   }
 }
 

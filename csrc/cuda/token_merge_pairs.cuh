@@ -17,10 +17,6 @@ struct PairArguments : DescribeArguments<T> {
   int splits, first_id, id_step;  // row r of b is called first_id + r id_step
 };
 
-struct Interval {
-  int low, high;
-};
-
 // Which places are near enough, both ends included; empty where there is no such int32.
 __device__ __forceinline__ Interval interval(int place, int64_t below, int64_t above) {
   const int64_t low = place + below, high = place + above;
@@ -42,7 +38,7 @@ template <class T>
 struct WindowShared : SearchShared<T> {
   alignas(16) int place[kStages][kPlaces][kRowsB];
   Interval near[kPlaces][kRowsA];
-  int partial[kSearchThreads / kWarp];
+  PartialBox<kSearchThreads / kWarp> partial;
 };
 // how many blocks a processor has memory for
 template <bool kWindowed>
@@ -73,11 +69,10 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) sear
   if constexpr (kWindowed) {
     for (int axis = 0; axis < kPlaces; ++axis) {
       const int at = p.a.of.place[(s * kPlaces + axis) * p.a.of.pitch + mine];
-      const Interval near = takes_part ? interval(at, p.low[axis], p.high[axis]) : Interval{kHighestInt, kLowestInt};
-      shared.near[axis][threadIdx.x] = near;
-      reach[axis].low = fold_block(near.low, shared.partial, [](int x, int y) { return min(x, y); });
-      reach[axis].high = fold_block(near.high, shared.partial, [](int x, int y) { return max(x, y); });
+      reach[axis] = takes_part ? interval(at, p.low[axis], p.high[axis]) : Interval{kHighestInt, kLowestInt};
+      shared.near[axis][threadIdx.x] = reach[axis];
     }
+    cover(reach, shared.partial);
   }
   const auto meets = [&](int tile) {
     bool meets = true;

@@ -47,18 +47,18 @@ inline int plan_threads(int64_t tokens) {
 
 struct PlanShared {
   int places[kMostWarps][kDigits];
-  int partial[kMostWarps];
+  int partial[2][kMostWarps];
   int kept, last_row;
 };
 
-// The sum over the threads before this one, and over all. `partial` is free before and after.
+// The sum over the threads before this one, and over all. `partial` is shared memory that nobody reads any more: scans one after the other
+// take turns.
 struct Scan {
   int before, total;
 };
 __device__ __forceinline__ Scan scan_block(int value, int (&partial)[kMostWarps]) {
   const int before = sum_before(value), of_warp = __shfl_sync(kAllLanes, before + value, kWarp - 1);
   const WarpSums<int> sums = sum_warps(of_warp, partial, blockDim.x / kWarp);
-  __syncthreads();
   return {sums.before + before, sums.all};
 }
 
@@ -73,7 +73,8 @@ struct Keyed {
   int* id;
 };
 
-// One pass of a stable sort: by 8 bits of the keys from bit `shift` on. A warp has a range of the keys, of which it ranks 32 at a time.
+// One pass of a stable sort: by 8 bits of the keys from bit `shift` on. A warp has a range of the keys, of which it ranks 32 at a time. They
+// are read behind a barrier.
 __device__ __forceinline__ void sort_pass(PlanShared& shared, const Keyed& from, const Keyed& to, int count, int shift) {
   const int warps = blockDim.x / kWarp, warp = warp_id(), lane = lane_id();
   const int each = (count + warps * kWarp - 1) / (warps * kWarp) * kWarp, first = warp * each, last = min(count, first + each);
@@ -101,7 +102,7 @@ __device__ __forceinline__ void sort_pass(PlanShared& shared, const Keyed& from,
   int of_digit = 0;
   if (digit < kDigits)
     for (int w = 0; w < warps; ++w) of_digit += shared.places[w][digit];
-  int place = scan_block(of_digit, shared.partial).before;
+  int place = scan_block(of_digit, shared.partial[0]).before;
   if (digit < kDigits)
     for (int w = 0; w < warps; ++w) {
       const int here = shared.places[w][digit];
@@ -178,11 +179,12 @@ __device__ __forceinline__ void number_rows(PlanShared& shared, const PlanArgume
     steps *= 2;
     moved = __syncthreads_or(moved);
   }
-  int roots = 0;
+  int roots = 0, turn = 0;
   for (int from = 0; from < p.tokens; from += threads) {
     const int i = from + threadIdx.x;
     // not where the chain ended: a circle's length may divide the steps taken
-    const Scan scan = scan_block(i < p.tokens && parent[i] == i, shared.partial);
+    const Scan scan = scan_block(i < p.tokens && parent[i] == i, shared.partial[turn]);
+    turn ^= 1;
     if (i < p.tokens) number[i] = roots + scan.before;
     roots += scan.total;
   }
@@ -217,7 +219,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) plan(const PlanArguments
     if (!p.target) adopt(shared, p, s, parent, keys, other);
     number_rows(shared, p, p.target ? p.target + s * n : parent, scratch + 5 * n, order, slot, keys);
   }
-  __syncthreads();
   keys = sort(shared, keys, other, p.tokens, kWarp - __clz(2 * p.n_out + 1));
 
   int rows = 0;
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) plan(const PlanArguments
     // rows between the two are empty
     for (int at = before + 1; at <= row; ++at) offsets[at] = i;
   }
-  const int filled = scan_block(rows, shared.partial).total;
+  const int filled = scan_block(rows, shared.partial[0]).total;
   if (threadIdx.x == 0) p.count[s] = filled;
   for (int at = shared.last_row + 1 + threadIdx.x; at <= p.n_out; at += threads) offsets[at] = shared.kept;
 }
@@ -246,15 +247,16 @@ struct ListArguments {
 
 // One block a sample and list.
 __global__ void __launch_bounds__(kMostWarps* kWarp) list_roles(const ListArguments p) {
-  auto& shared = shared_memory<int[kMostWarps]>();
+  auto& shared = shared_memory<int[2][kMostWarps]>();
   const int64_t s = blockIdx.x % p.samples, list = blockIdx.x / p.samples;
   const int bit = list ? kDestination : kSource;
   int32_t* to = p.lists + (list * p.samples + s) * p.tokens;
-  int listed = 0;
+  int listed = 0, turn = 0;
   for (int from = 0; from < p.tokens; from += blockDim.x) {
     const int i = from + threadIdx.x;
     const bool in = i < p.tokens && p.role[s * p.role_sample + i * p.role_token] & bit;
-    const Scan scan = scan_block(in, shared);
+    const Scan scan = scan_block(in, shared[turn]);
+    turn ^= 1;
     if (in) to[listed + scan.before] = i;
     listed += scan.total;
   }

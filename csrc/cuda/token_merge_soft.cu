@@ -92,13 +92,13 @@ struct SoftCall {
     launch(x, gather<T, kByMeta, kGradient>, blocks, kSoftThreads, sizeof(GatherShared<T, kByMeta>), p);
   }
 
-  // by meta token: parts [splits, B, M, columns] and their sums [splits, B, M], then the result
+  // by meta token: parts [splits, B, M, columns] and sums of weights [2, splits, B, M], then the result
   template <bool kGradient, class T>
   void run_by_meta(FinishArguments<T> f, const Tensor& parts, const Tensor& part_sums, int64_t columns) const {
-    const int64_t splits = part_sums.size(0);
+    const int64_t splits = parts.size(0);
     STD_TORCH_CHECK(splits > 0, "there must be parts");
     check_dense("parts", parts, {splits, batch, metas, columns});
-    check_dense("part_sums", part_sums, {splits, batch, metas});
+    check_dense("part_sums", part_sums, {2, splits, batch, metas});
     f.p.part = parts.mutable_data_ptr<float>(), f.p.part_sum = part_sums.mutable_data_ptr<float>();
     f.p.splits = static_cast<int>(splits), f.p.columns = static_cast<int>(columns);
     run_gather<true, kGradient>(f.p, columns);

@@ -42,7 +42,7 @@ struct SoftArguments : DescribeArguments<T> {  // a: metric [B, N, F], b: meta [
   float *divisor, *added, *open;    // [B, M]: mass, what a weight's gradient has beside <grad_out, x>, whether that counts
   T* result;                        // [B, N, columns] or null
   float* warmth;                    // [B, token blocks] or null: parts of the temperature's gradient
-  float *part, *part_sum;           // [splits, B, M, columns], [splits, B, M]
+  float *part, *part_sum;           // [splits, B, M, columns], [2, splits, B, M]
   int columns, blocks, splits;      // of a result; blocks of its columns
 
   __device__ float coolness() const { return 1.0f / (learned ? *learned : temperature); }
@@ -314,7 +314,7 @@ struct GatherShared {
   TileTerms terms;
   alignas(128) Chunk<T, kResultRows<kByMeta>> left[kDepth<kByMeta> / kChunk<T>];
   alignas(128) Chunk<T, kDepth<kByMeta>> right[kResultChunks<kByMeta>];
-  float sums[kSoftWarps][kMetas];
+  float sums[2][kSoftWarps][kMetas];
   float partial[kSoftWarps];
 };
 
@@ -336,8 +336,8 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
   const Grid<T>& right = kByMeta ? (kGradient ? metric : x) : (kGradient ? meta : grad_out);
   const float cool = p.coolness();
   Sums<T> sums;
-  // of gradients times similarities, by row of the result; of weights where there are no gradients
-  float along[kByMeta ? Own::kOwnColumns : Own::kOwnRows] = {}, warmth = 0.0f;
+  // of gradients times similarities, by row of the result; where there are no gradients of weights, and of weights as products round them
+  float along[kByMeta ? Own::kOwnColumns : Own::kOwnRows] = {}, rounded[Own::kOwnColumns] = {}, warmth = 0.0f;
   const int my_chunk = warp_id() * kWarpRows / kResultRows<kByMeta>, my_rows = warp_id() * kWarpRows % kResultRows<kByMeta>;
 
   for (int tile = first; tile < last; ++tile) {
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
           if constexpr (!kByMeta) warmth += w * below;
           w *= kByMeta ? terms.factor[n] : terms.meta_factor[m];
         } else if constexpr (kByMeta) {
-          along[j] += w;
+          along[j] += w, rounded[j] += to_float(from_float<T>(w));
         } else {
           w = w / terms.divisor[m] * terms.open[m];
         }
@@ -400,18 +400,22 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
       }
     }
     // by column of the tiles: over the lanes that share it, then over warps
+    const auto share_out = [&](float sum, float& to) {
+#pragma unroll
+      for (int step = Own::kSharers; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (lane_id() < Own::kSharers) to = sum;
+    };
 #pragma unroll
     for (int j = 0; j < Own::kOwnColumns; ++j) {
-#pragma unroll
-      for (int step = Own::kSharers; step < kWarp; step *= 2) along[j] += __shfl_xor_sync(kAllLanes, along[j], step);
-      if (lane_id() < Own::kSharers) shared.sums[warp_id()][Own::column(j)] = along[j];
+      share_out(along[j], shared.sums[0][warp_id()][Own::column(j)]);
+      if constexpr (!kGradient) share_out(rounded[j], shared.sums[1][warp_id()][Own::column(j)]);
     }
     __syncthreads();
-    const int m = block * kMetas + threadIdx.x;
-    if (part || static_cast<int>(threadIdx.x) >= kMetas || m >= p.metas) return;
+    const int which = threadIdx.x / kMetas, column = threadIdx.x % kMetas, m = block * kMetas + column;
+    if (part || which >= (kGradient ? 1 : 2) || m >= p.metas) return;
     float sum = 0.0f;
-    for (int warp = 0; warp < kSoftWarps; ++warp) sum += shared.sums[warp][threadIdx.x];
-    p.part_sum[sample + m] = sum;
+    for (int warp = 0; warp < kSoftWarps; ++warp) sum += shared.sums[which][warp][column];
+    p.part_sum[static_cast<int64_t>(which) * p.splits * p.samples * p.metas + sample + m] = sum;
   } else {
 #pragma unroll
     for (int i = 0; i < Own::kOwnRows; ++i) {
@@ -434,8 +438,12 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
     }
     if constexpr (kGradient) {
       if (!p.warmth || part) return;
-      warmth = fold_block(warmth, shared.partial, [](float a, float b) { return a + b; });
-      if (threadIdx.x == 0) p.warmth[s * of_results + block] = -warmth * kLn2 * cool;
+      warmth = sum_lanes(warmth);
+      if (lane_id() == 0) shared.partial[warp_id()] = warmth;
+      __syncthreads();
+      if (threadIdx.x) return;
+      for (int warp = 1; warp < kSoftWarps; ++warp) warmth += shared.partial[warp];
+      p.warmth[s * of_results + block] = -warmth * kLn2 * cool;
     }
   }
 }
@@ -454,8 +462,12 @@ __global__ void __launch_bounds__(kSoftThreads) finish(const FinishArguments<T> 
   const int64_t rows = static_cast<int64_t>(p.samples) * p.metas, at = blockIdx.x * static_cast<int64_t>(kSoftWarps) + warp_id();
   if (at >= rows) return;
   const int64_t s = at / p.metas, m = at % p.metas;
-  float sum = 0.0f;
-  for (int share = 0; share < p.splits; ++share) sum += p.part_sum[share * rows + at];
+  // means are divided by the sum of the rounded weights: else they are off by its rounding, and gradients are differences of means
+  float sum = 0.0f, rounded = 0.0f;
+  for (int share = 0; share < p.splits; ++share) {
+    sum += p.part_sum[share * rows + at];
+    if (f.out) rounded += p.part_sum[(p.splits + share) * rows + at];
+  }
   const float factor = f.out ? 1.0f : p.b.of.factor[s * p.b.of.pitch + m], power = f.out || !p.usual ? 1.0f : p.b.of.shrink[s * p.b.of.pitch + m];
   const float cool = p.coolness();
   if (f.out && lane_id() == 0) f.mass_out[at] = sum;
@@ -464,7 +476,7 @@ __global__ void __launch_bounds__(kSoftThreads) finish(const FinishArguments<T> 
     for (int share = 0; share < p.splits; ++share) value += p.part[(share * rows + at) * p.columns + c];
     if (f.out) {
       // no reciprocal, which overflows where a meta token resembles nothing
-      f.out[at * p.columns + c] = sum == 0.0f ? 0.0f : value / sum;
+      f.out[at * p.columns + c] = rounded == 0.0f ? 0.0f : value / rounded;
       continue;
     }
     if (p.normalize) value = (value - sum * (to_float(p.b.x[s * p.b.sample + m * p.b.row + c]) * power * factor)) * (factor * power);

@@ -197,13 +197,13 @@ def _plan_scratch(slot: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, metas: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Sums over shares of the tokens: [splits, B, M, columns], [splits, B, M]."""
+    """Sums over shares of the tokens, [splits, B, M, columns], and of their weights, [2, splits, B, M]."""
     batch, tokens, _ = x.shape
     # two chunks of 128 bytes a block
     blocks = batch * -(-metas // ROWS_B) * -(-columns * x.element_size() // 256)
     splits = _splits(x.device, blocks, -(-tokens // ROWS_A))
     parts = torch.empty((splits, batch, metas, columns), dtype=torch.float32, device=x.device)
-    return parts, parts.new_empty(parts.shape[:3])
+    return parts, parts.new_empty((2, *parts.shape[:3]))
 
 
 def _splits(device: torch.device, blocks: int, tiles: int) -> int:
