@@ -48,8 +48,9 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
     launch(a, p.windowed ? search<T, true> : search<T, false>, batch * splits * p.a.of.blocks, kSearchThreads,
            p.windowed ? sizeof(WindowShared<T>) : sizeof(SearchShared<T>), p);
     if (splits == 1) return;
-    const ShareArguments shares{p.best, p.a.of.factor, p.index, best.mutable_data_ptr<float>(), index.mutable_data_ptr<int32_t>(),
-                                p.samples, p.a.slots, p.a.of.pitch, p.splits};
+    const ShareArguments shares{
+        p.best,    p.a.of.factor, p.index, best.mutable_data_ptr<float>(), index.mutable_data_ptr<int32_t>(), p.samples,
+        p.a.slots, p.a.of.pitch,  p.splits};
     launch(a, best_of_shares, (batch * rows + kSearchThreads - 1) / kSearchThreads, kSearchThreads, 0, shares);
   });
 }
@@ -82,9 +83,7 @@ PlanArguments new_plan(const Tensor& slot, const Tensor& count, const Tensor& or
   return p;
 }
 
-void launch_plan(const Tensor& on, const PlanArguments& p) {
-  launch(on, plan, on.size(0), plan_threads(p.tokens), sizeof(PlanShared), p);
-}
+void launch_plan(const Tensor& on, const PlanArguments& p) { launch(on, plan, on.size(0), plan_threads(p.tokens), sizeof(PlanShared), p); }
 
 // Of the sources whose score is greater than the threshold the `most` best merge into their partners.
 void match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor scratch, OptionalTensor role, Tensor score, Tensor partner,
@@ -131,7 +130,13 @@ struct SegmentCall {
   bool aligned = true;
 
   SegmentCall(const Tensor& any, const Tensor& slot, const Tensor& order, const Tensor& offsets)
-      : slot(slot), order(order), offsets(offsets), batch(any.size(0)), tokens(slot.size(1)), n_out(offsets.size(1) - 1), width(any.size(2)) {
+      : slot(slot),
+        order(order),
+        offsets(offsets),
+        batch(any.size(0)),
+        tokens(slot.size(1)),
+        n_out(offsets.size(1) - 1),
+        width(any.size(2)) {
     check_per_token("slot", slot, ScalarType::Int, batch, tokens);
     check_per_token("order", order, ScalarType::Int, batch, tokens);
     check_per_token("offsets", offsets, ScalarType::Int, batch, n_out + 1);

@@ -1,5 +1,5 @@
-// What products of rows need to know of the rows beforehand: who takes part, lengths, and numbers so large or small that squares of them would
-// overflow or vanish.
+// What products of rows need to know of the rows beforehand: who takes part, lengths, and numbers so large or small that squares of them
+// would overflow or vanish.
 #pragma once
 
 #include "token_merge_tiles.cuh"
@@ -8,8 +8,8 @@ namespace tokenops {
 namespace {
 
 constexpr int kDescribeThreads = kRowsA;  // a slot each, for what is one number a slot
-constexpr int kPlaces = 3;    // t, y, x
-constexpr int kRowLanes = 8;  // that read one row together, to find its length
+constexpr int kPlaces = 3;                // t, y, x
+constexpr int kRowLanes = 8;              // that read one row together, to find its length
 constexpr int kLowestInt = INT32_MIN, kHighestInt = INT32_MAX;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

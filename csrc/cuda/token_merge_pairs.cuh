@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) sear
     cover(reach, shared.partial);
   }
   const auto meets = [&](int tile) {
-    bool meets = true;
+    bool near = true;
     if constexpr (kWindowed)
       for (int axis = 0; axis < kPlaces; ++axis) {
         const int *least = bounds + axis * p.b.of.blocks, *greatest = least + kPlaces * p.b.of.blocks;
-        meets &= least[tile] <= reach[axis].high && greatest[tile] >= reach[axis].low;
+        near &= least[tile] <= reach[axis].high && greatest[tile] >= reach[axis].low;
       }
-    return meets;
+    return near;
   };
   bool shrinks = false;
   if (p.usual) {

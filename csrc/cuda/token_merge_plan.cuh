@@ -73,8 +73,8 @@ struct Keyed {
   int* id;
 };
 
-// One pass of a stable sort: by 8 bits of the keys from bit `shift` on. A warp has a range of the keys, of which it ranks 32 at a time. They
-// are read behind a barrier.
+// One pass of a stable sort: by 8 bits of the keys from bit `shift` on. A warp has a range of the keys, of which it ranks 32 at a time.
+// They are read behind a barrier.
 __device__ __forceinline__ void sort_pass(PlanShared& shared, const Keyed& from, const Keyed& to, int count, int shift) {
   const int warps = blockDim.x / kWarp, warp = warp_id(), lane = lane_id();
   const int each = (count + warps * kWarp - 1) / (warps * kWarp) * kWarp, first = warp * each, last = min(count, first + each);
@@ -156,8 +156,8 @@ __device__ __forceinline__ void adopt(PlanShared& shared, const PlanArguments& p
 }
 
 // keys: twice the output row, and one more for all but its destination; 2 n_out without a row
-__device__ __forceinline__ void number_rows(PlanShared& shared, const PlanArguments& p, const int* parent, int* root, int* number, int* slot,
-                                            const Keyed& keys) {
+__device__ __forceinline__ void number_rows(PlanShared& shared, const PlanArguments& p, const int* parent, int* root, int* number,
+                                            int* slot, const Keyed& keys) {
   const int threads = blockDim.x;
   const auto parent_of = [&](int i) {
     const int at = parent[i];

@@ -1,7 +1,7 @@
 // Merging rows into the output row that owns them, the way back, and the gradients. An *output row* s owns the tokens
 // order[offsets[s] : offsets[s + 1]], its members, the destination first. A sum runs over them in that order in float, and every result has
-// one thread that writes it. Whatever a plan holds, only rows of the grids are touched: bounds are cut to the order, and an id or a slot out
-// of range is nobody.
+// one thread that writes it. Whatever a plan holds, only rows of the grids are touched: bounds are cut to the order, and an id or a slot
+// out of range is nobody.
 #pragma once
 
 #include "device.cuh"
@@ -27,11 +27,11 @@ struct SegmentArguments {
   int64_t slot_sample, order_sample, offsets_sample;
   const float* size;  // or null: every member weighs 1
   int64_t size_sample, size_token;
-  Rows<const T> x;     // [B, tokens, width]
-  Rows<const T> y;     // [B, n_out, width]: what is merged or, for gradients, its gradient
-  Rows<const T> out;   // [B, n_out, width]: what was merged
-  Rows<T> result;      // rows of output, or of tokens; null base: not wanted
-  float* grad_size;    // [B, tokens] or null
+  Rows<const T> x;    // [B, tokens, width]
+  Rows<const T> y;    // [B, n_out, width]: what is merged or, for gradients, its gradient
+  Rows<const T> out;  // [B, n_out, width]: what was merged
+  Rows<T> result;     // rows of output, or of tokens; null base: not wanted
+  float* grad_size;   // [B, tokens] or null
   MergeMode mode;
   int samples, tokens, n_out, width;
   int lanes;  // neighbouring threads that have a row, a power of two up to 32
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kSegmentThreads) merge_rows(const SegmentArgum
   }
 }
 
-// Gradients of the members of an output row. The tokens that no row owns get their zeros here too: from the thread of the row whose number is
-// theirs.
+// Gradients of the members of an output row. The tokens that no row owns get their zeros here too: from the thread of the row whose number
+// is theirs.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kSegmentThreads) merge_backward(const SegmentArguments<T> p) {
   const Share<T> mine(p, max(p.tokens, p.n_out));

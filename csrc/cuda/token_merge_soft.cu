@@ -19,7 +19,8 @@ PlainRows<T> rows_of(const char* name, const Tensor& t, const Tensor& x, int64_t
   check_size(name, t, 0, x.size(0));
   check_size(name, t, 1, rows);
   check_size(name, t, 2, x.size(2));
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), static_cast<int>(rows), static_cast<int>(x.size(2)), is_wide(t)};
+  return {
+      static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), static_cast<int>(rows), static_cast<int>(x.size(2)), is_wide(t)};
 }
 
 void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
@@ -35,7 +36,14 @@ struct SoftCall {
   int64_t batch, tokens, metas, channels, width;
 
   SoftCall(const Tensor& x, const Tensor& metric, const Tensor& meta)
-      : x(x), metric(metric), meta(meta), batch(x.size(0)), tokens(x.size(1)), metas(meta.size(1)), channels(x.size(2)), width(metric.size(2)) {
+      : x(x),
+        metric(metric),
+        meta(meta),
+        batch(x.size(0)),
+        tokens(x.size(1)),
+        metas(meta.size(1)),
+        channels(x.size(2)),
+        width(metric.size(2)) {
     for (const auto& [name, t, rows] : {std::tuple("metric", &metric, tokens), std::tuple("meta", &meta, metas)}) {
       check_tokens(name, *t);
       check_dtype(name, *t, x.scalar_type());
@@ -43,7 +51,8 @@ struct SoftCall {
       check_size(name, *t, 1, rows);
       check_size(name, *t, 2, width);
     }
-    STD_TORCH_CHECK(metas > 0 && channels > 0 && width > 0 && width % 8 == 0, "there must be meta tokens and columns, of what is compared a "
+    STD_TORCH_CHECK(metas > 0 && channels > 0 && width > 0 && width % 8 == 0,
+                    "there must be meta tokens and columns, of what is compared a "
                     "multiple of 8");
   }
 
@@ -148,9 +157,18 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
     p.open = p.added + call.batch * call.metas;
     p.splits = 1;
     call.describe_rows(p);
-    const MetaArguments<T> metas{p.grad_out.base, p.grad_out.sample, p.grad_out.row, out.const_data_ptr<float>(),
-                                 mass_out.const_data_ptr<float>(), grad_mass.const_data_ptr<float>(), p.divisor, p.added, p.open,
-                                 p.samples, p.metas, static_cast<int>(call.channels)};
+    const MetaArguments<T> metas{p.grad_out.base,
+                                 p.grad_out.sample,
+                                 p.grad_out.row,
+                                 out.const_data_ptr<float>(),
+                                 mass_out.const_data_ptr<float>(),
+                                 grad_mass.const_data_ptr<float>(),
+                                 p.divisor,
+                                 p.added,
+                                 p.open,
+                                 p.samples,
+                                 p.metas,
+                                 static_cast<int>(call.channels)};
     launch(x, meta_terms<T>, (call.batch * call.metas + kSoftWarps - 1) / kSoftWarps, kSoftThreads, 0, metas);
     launch(x, token_terms<T>, call.batch * p.a.of.blocks, kSoftThreads, sizeof(TermsShared<T>), p);
     if (grad_metric || grad_temperature) {

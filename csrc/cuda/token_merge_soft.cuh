@@ -1,9 +1,10 @@
 // Soft merging. Token n gives meta token m the weight w[n, m] = exp2(z[n, m] - origin[n]) * weight[n], where z is the similarity over the
-// temperature, in base 2. Scores live in registers: every kernel that needs a tile of them, 128 tokens by 64 meta tokens, multiplies it anew,
-// always in the same way, for at low temperatures the last bit of a score decides over a weight.
+// temperature, in base 2. Scores live in registers: every kernel that needs a tile of them, 128 tokens by 64 meta tokens, multiplies it
+// anew, always in the same way, for at low temperatures the last bit of a score decides over a weight.
 //
-// A result is a sum over tokens or over meta tokens of weights, or of gradients, times rows. Each of its tiles has one block, which walks in
-// ascending order. Sums over tokens are shared out among blocks, whose parts are added up in order: no atomics, the same bits in every run.
+// A result is a sum over tokens or over meta tokens of weights, or of gradients, times rows. Each of its tiles has one block, which walks
+// in ascending order. Sums over tokens are shared out among blocks, whose parts are added up in order: no atomics, the same bits in every
+// run.
 #pragma once
 
 #include "token_merge_describe.cuh"
@@ -37,18 +38,19 @@ struct SoftArguments : DescribeArguments<T> {  // a: metric [B, N, F], b: meta [
   const float* learned;  // instead, or null
   const float* mass;     // or null: ones
   int64_t mass_sample, mass_token;
-  float* lse;                       // [B, N]
-  float *origin, *weight, *share;   // [B, N]; the share is what a softmax takes off every weight's gradient
-  float *divisor, *added, *open;    // [B, M]: mass, what a weight's gradient has beside <grad_out, x>, whether that counts
-  T* result;                        // [B, N, columns] or null
-  float* warmth;                    // [B, token blocks] or null: parts of the temperature's gradient
-  float *part, *part_sum;           // [splits, B, M, columns], [2, splits, B, M]
-  int columns, blocks, splits;      // of a result; blocks of its columns
+  float* lse;                      // [B, N]
+  float *origin, *weight, *share;  // [B, N]; the share is what a softmax takes off every weight's gradient
+  float *divisor, *added, *open;   // [B, M]: mass, what a weight's gradient has beside <grad_out, x>, whether that counts
+  T* result;                       // [B, N, columns] or null
+  float* warmth;                   // [B, token blocks] or null: parts of the temperature's gradient
+  float *part, *part_sum;          // [splits, B, M, columns], [2, splits, B, M]
+  int columns, blocks, splits;     // of a result; blocks of its columns
 
   __device__ float coolness() const { return 1.0f / (learned ? *learned : temperature); }
   __device__ float mass_of(int64_t s, int n) const { return mass ? mass[s * mass_sample + n * mass_token] : 1.0f; }
   __device__ bool shrinks(int64_t s, int token_block, int meta_block) const {
-    return this->usual && (this->a.of.unusual[s * this->a.of.blocks + token_block] || this->b.of.unusual[s * this->b.of.blocks + meta_block]);
+    return this->usual &&
+           (this->a.of.unusual[s * this->a.of.blocks + token_block] || this->b.of.unusual[s * this->b.of.blocks + meta_block]);
   }
 };
 
@@ -147,8 +149,8 @@ __device__ __forceinline__ void load_terms(TileTerms& terms, const SoftArguments
 
 // Products of 128 rows of a with 64 of b. The block's warps may still be at what was in shared memory before.
 template <class T, int kStages>
-__device__ __forceinline__ void multiply(Scores<T>& result, SoftTiles<T, kStages>& shared, const Grid<T>& a, int a_first,
-                                         const Grid<T>& b, int tile, bool shrinks) {
+__device__ __forceinline__ void multiply(Scores<T>& result, SoftTiles<T, kStages>& shared, const Grid<T>& a, int a_first, const Grid<T>& b,
+                                         int tile, bool shrinks) {
   for_tiles(shared, a, a_first, b, tile, tile + 1, true, shrinks, All{}, NoLoad{}, [&](int, int, Scores<T>& products) {
 #pragma unroll
     for (int i = 0; i < Scores<T>::kOwnRows; ++i)
@@ -299,8 +301,8 @@ __device__ __forceinline__ void put(Chunk<T, kRows>* tile, int row, int column, 
   tile[column / kChunk<T>][row][swizzled(row, within / kCount) * kCount + within % kCount] = from_float<T>(x);
 }
 
-// Of a result by meta tokens a block has 64 rows and two chunks of columns, which leaves each warp 16 rows and a chunk, as it has of a result
-// by tokens: there a block has 128 rows and one chunk.
+// Of a result by meta tokens a block has 64 rows and two chunks of columns, which leaves each warp 16 rows and a chunk, as it has of a
+// result by tokens: there a block has 128 rows and one chunk.
 template <bool kByMeta>
 constexpr int kResultRows = kByMeta ? kMetas : kTokens;
 template <bool kByMeta>
@@ -332,7 +334,8 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
   const int block = blockIdx.x / p.blocks / p.splits % of_results;
   const int64_t s = blockIdx.x / p.blocks / p.splits / of_results;
   const int length = (of_sums + p.splits - 1) / p.splits, first = share * length, last = min(of_sums, first + length);
-  const Grid<T> metric = p.a.grid(s, p.width, p.usual), meta = p.b.grid(s, p.width, p.usual), x = p.x.grid(s), grad_out = p.grad_out.grid(s);
+  const Grid<T> metric = p.a.grid(s, p.width, p.usual), meta = p.b.grid(s, p.width, p.usual), x = p.x.grid(s),
+                grad_out = p.grad_out.grid(s);
   const Grid<T>& right = kByMeta ? (kGradient ? metric : x) : (kGradient ? meta : grad_out);
   const float cool = p.coolness();
   Sums<T> sums;
@@ -348,14 +351,12 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
     __syncthreads();
     load_terms<T, kGradient>(shared.terms, p, s, n_first, m_first, !kByMeta || kGradient);
     // belongs to the first group of the products' copies
-    for (int c = 0; c < kChunks; ++c)
-      load_chunk<kSoftThreads>(shared.right[c], right, tile * kDepth<kByMeta>, part * kChunks + c);
+    for (int c = 0; c < kChunks; ++c) load_chunk<kSoftThreads>(shared.right[c], right, tile * kDepth<kByMeta>, part * kChunks + c);
     Own scores, grads;
     multiply(scores, shared.tiles, metric, n_first, meta, meta_block, shrinks);
     if constexpr (kGradient) {
       if (shrinks)
-        for (int c = 0; c < kChunks; ++c)
-          shrink_chunk<kSoftThreads>(shared.right[c], right.shrink + tile * kDepth<kByMeta>);
+        for (int c = 0; c < kChunks; ++c) shrink_chunk<kSoftThreads>(shared.right[c], right.shrink + tile * kDepth<kByMeta>);
       __syncthreads();
       multiply(grads, shared.tiles, x, n_first, grad_out, meta_block, false);
     }
@@ -422,7 +423,8 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
       if (kGradient) along[i] = sum_lanes<Own::kSharers>(along[i]);
       const int n = block * kTokens + my_rows + Sums<T>::row(i);
       if (!p.result || n >= p.tokens) continue;
-      const float factor = kGradient ? p.a.of.factor[s * p.a.of.pitch + n] : 1.0f, power = p.usual ? p.a.of.shrink[s * p.a.of.pitch + n] : 1.0f;
+      const float factor = kGradient ? p.a.of.factor[s * p.a.of.pitch + n] : 1.0f,
+                  power = p.usual ? p.a.of.shrink[s * p.a.of.pitch + n] : 1.0f;
 #pragma unroll
       for (int j = 0; j < Sums<T>::kOwnColumns; ++j) {
         const int c = c_first + Sums<T>::column(j);
@@ -468,7 +470,8 @@ __global__ void __launch_bounds__(kSoftThreads) finish(const FinishArguments<T> 
     sum += p.part_sum[share * rows + at];
     if (f.out) rounded += p.part_sum[(p.splits + share) * rows + at];
   }
-  const float factor = f.out ? 1.0f : p.b.of.factor[s * p.b.of.pitch + m], power = f.out || !p.usual ? 1.0f : p.b.of.shrink[s * p.b.of.pitch + m];
+  const float factor = f.out ? 1.0f : p.b.of.factor[s * p.b.of.pitch + m],
+              power = f.out || !p.usual ? 1.0f : p.b.of.shrink[s * p.b.of.pitch + m];
   const float cool = p.coolness();
   if (f.out && lane_id() == 0) f.mass_out[at] = sum;
   for (int c = lane_id(); c < p.columns; c += kWarp) {

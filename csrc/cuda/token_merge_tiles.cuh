@@ -1,8 +1,8 @@
 // Products of every row of one grid with every row of another, a tile at a time, for whoever looks at each tile once: none is stored.
 //
-// A block has 128 rows of a and walks over tiles of 64 rows of b; a warp has 16 or 32 of its rows. Tiles come in chunks of 128 bytes of each row,
-// some under way while another is multiplied, so that one barrier a chunk is enough. Half types are multiplied by tensor cores, float by
-// ordinary ones, 4 x 8 or 8 x 8 numbers a thread: TF32 would not be what the other backends compute.
+// A block has 128 rows of a and walks over tiles of 64 rows of b; a warp has 16 or 32 of its rows. Tiles come in chunks of 128 bytes of
+// each row, some under way while another is multiplied, so that one barrier a chunk is enough. Half types are multiplied by tensor cores,
+// float by ordinary ones, 4 x 8 or 8 x 8 numbers a thread: TF32 would not be what the other backends compute.
 //
 // A *slot* is a place in the list of rows that take part; without a list slot s is row s.
 #pragma once
@@ -171,8 +171,9 @@ struct Products<float, kTiles> {
 // chunk load(tile, stage) may bring to shared memory what use wants to know of it. `works`: whether this warp's rows are wanted at all.
 // `shrinks`: whether rows are to be multiplied with their shrink, the same for the whole block.
 template <class T, int kStages, int kTiles, class Meets, class Load, class Use>
-__device__ __forceinline__ void for_tiles(TileShared<T, kStages, kTiles>& shared, const Grid<T>& a, int a_first, const Grid<T>& b, int first,
-                                          int last, bool works, bool shrinks, const Meets& meets, const Load& load, const Use& use) {
+__device__ __forceinline__ void for_tiles(TileShared<T, kStages, kTiles>& shared, const Grid<T>& a, int a_first, const Grid<T>& b,
+                                          int first, int last, bool works, bool shrinks, const Meets& meets, const Load& load,
+                                          const Use& use) {
   using Shared = TileShared<T, kStages, kTiles>;
   constexpr int kThreads = Shared::kThreads;
   const int chunks = (a.width + kChunk<T> - 1) / kChunk<T>;

@@ -14,9 +14,9 @@ _PLAN = "Tensor(a!) slot, Tensor(b!) count, Tensor(c!) order, Tensor(d!) offsets
 _SOFT = "Tensor x, Tensor metric, Tensor meta, float temperature, Tensor? learned, Tensor? mass, bool normalize"
 for _schema in (
     (
-        "argmax(Tensor(a!) best, Tensor(b!) index, Tensor(c!) scratch, Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, Tensor? a_scale, "
-        "Tensor? b_scale, Tensor? a_place, Tensor? b_place, int t_low, int t_high, int reach_y, int reach_x, bool normalize, "
-        "Tensor? lists, Tensor? listed, int splits, int first_id, int id_step) -> ()"
+        "argmax(Tensor(a!) best, Tensor(b!) index, Tensor(c!) scratch, Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, "
+        "Tensor? a_scale, Tensor? b_scale, Tensor? a_place, Tensor? b_place, int t_low, int t_high, int reach_y, int reach_x, "
+        "bool normalize, Tensor? lists, Tensor? listed, int splits, int first_id, int id_step) -> ()"
     ),
     "list(Tensor(a!) lists, Tensor(b!) listed, Tensor role) -> ()",
     f"match({_PLAN}, Tensor? role, Tensor score, Tensor partner, Tensor? lists, int first, int step, int most, float threshold) -> ()",
@@ -70,10 +70,12 @@ class NativeCUDA:
         if b.shape[1] == 0:
             most = 0
         if most > 0 and score.numel() > 0:
-            scales = None if p.source_scale is None else p.source_scale[:, sources], (
-                None if p.destination_scale is None else p.destination_scale[:, destinations]
-            )
-            places = (None, None) if place is None else (place[:, sources], place[:, destinations])
+
+            def side(of_tokens: Tensor | None, ids: slice) -> Tensor | None:
+                return None if of_tokens is None else of_tokens[:, ids]
+
+            scales = side(p.source_scale, sources), side(p.destination_scale, destinations)
+            places = side(place, sources), side(place, destinations)
             pairs = PairProblem(a, b, None, None, *scales, *places, p.window, p.normalize)
             search(pairs, score, partner, lists, listed, destinations)
         else:
@@ -152,7 +154,7 @@ class NativeCUDA:
             *(grads.x, grads.metric, grads.meta, warmth, scratch, terms, of_metas, parts, sums, grad_out, grad_mass, *problem),
             *(out, mass_out, lse),
         )
-        if grads.temperature is not None:
+        if grads.temperature is not None and warmth is not None:
             torch.sum(warmth, -1, out=grads.temperature)
         if grads.mass is not None:
             grads.mass.copy_(terms[2])
