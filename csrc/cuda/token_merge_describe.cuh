@@ -88,7 +88,7 @@ struct DescribeShared {
 
 // A block of slots of a, or one of b.
 template <class T>
-__global__ void __launch_bounds__(kDescribeThreads) describe(const DescribeArguments<T> p) {
+__global__ void __launch_bounds__(kDescribeThreads, 8) describe(const DescribeArguments<T> p) {
   auto& shared = shared_memory<DescribeShared>();
   const int blocks_a = p.samples * p.a.of.blocks;
   const bool is_a = static_cast<int>(blockIdx.x) < blocks_a;

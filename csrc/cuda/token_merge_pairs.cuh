@@ -76,11 +76,10 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) sear
   }
   const auto meets = [&](int tile) {
     bool near = true;
-    if constexpr (kWindowed)
-      for (int axis = 0; axis < kPlaces; ++axis) {
-        const int *least = bounds + axis * p.b.of.blocks, *greatest = least + kPlaces * p.b.of.blocks;
-        near &= least[tile] <= reach[axis].high && greatest[tile] >= reach[axis].low;
-      }
+    for (int axis = 0; axis < (kWindowed ? kPlaces : 0); ++axis) {
+      const int *least = bounds + axis * p.b.of.blocks, *greatest = least + kPlaces * p.b.of.blocks;
+      near &= least[tile] <= reach[axis].high && greatest[tile] >= reach[axis].low;
+    }
     return near;
   };
   bool shrinks = false;
@@ -94,30 +93,34 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) sear
   int winner[Own::kOwnRows];
 #pragma unroll
   for (int i = 0; i < Own::kOwnRows; ++i) best[i] = -infinity(), winner[i] = kHighestInt;
+  // nvcc takes what follows a discarded statement without braces in a lambda for a part of it
   const auto load = [&](int tile, int stage) {
     constexpr int kEach = kRowsB / 4;
     const int i = threadIdx.x, plane = i / kEach - 1, column = i % kEach * 4;
     if (plane < 0) cp_async_16(&shared.factor[stage][column], factor + tile * kRowsB + column);
-    if constexpr (kWindowed)
+    if constexpr (kWindowed) {
       if (plane >= 0 && plane < kPlaces)
         cp_async_16(&shared.place[stage][plane][column], place + plane * p.b.of.pitch + tile * kRowsB + column);
+    }
   };
   const auto compare = [&](int tile, int stage, Own& products) {
 #pragma unroll
     for (int i = 0; i < Own::kOwnRows; ++i) {
       Interval near[kPlaces] = {};
-      if constexpr (kWindowed)
+      if constexpr (kWindowed) {
         for (int axis = 0; axis < kPlaces; ++axis) near[axis] = shared.near[axis][warp_id() * kWarp + Own::row(i)];
+      }
 #pragma unroll
       for (int j = 0; j < Own::kOwnColumns; ++j) {
         const int column = Own::column(j);
         const float score = products.at(i, j) * shared.factor[stage][column];
         bool better = score > best[i];
-        if constexpr (kWindowed)
+        if constexpr (kWindowed) {
           for (int axis = 0; axis < kPlaces; ++axis) {
             const int at = shared.place[stage][axis][column];
             better &= at >= near[axis].low && at <= near[axis].high;
           }
+        }
         best[i] = better ? score : best[i];
         winner[i] = better ? tile * kRowsB + column : winner[i];
       }
