@@ -222,10 +222,24 @@ def check_soft(call: dict[str, Any]) -> tuple[Tensor, ...]:
         )
         results.append((out.detach(), mass.detach(), *grads))
     for name, got, want in zip(("out", "mass_out", *names), *results, strict=True):
+        if name == "temperature":
+            # one number, in which what the tokens add cancels: its error is held against what they add
+            terms = _of_each_token(call, dtype)
+            assert_close(name, terms.index_add(0, torch.tensor([0]), (got - want)[None]), terms, dtype)
+            continue
         # gradients of directions are as large as rows are short
         length = call[name].double().norm(dim=-1, keepdim=True) if name in ("metric", "meta") and call["normalize"] else 1.0
         assert_close(name, got.double() * length, want * length, dtype)
     return results[0]
+
+
+def _of_each_token(call: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """The gradient of the temperature as if each token had its own, [B N] float64."""
+    wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in call.items()}
+    temperature = wide["temperature"].expand(*call["x"].shape[:2], 1).clone().requires_grad_()
+    results = soft_merged({**wide, "temperature": temperature})
+    (grad,) = torch.autograd.grad(results, temperature, [normal(*part.shape, dtype=dtype, seed=5).to(part.dtype) for part in results])
+    return grad.flatten()
 
 
 def _soft(call: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:

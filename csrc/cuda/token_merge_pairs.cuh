@@ -40,13 +40,12 @@ struct WindowShared : SearchShared<T> {
   Interval near[kPlaces][kRowsA];
   PartialBox<kSearchThreads / kWarp> partial;
 };
-// how many blocks a processor has memory for
-template <bool kWindowed>
-constexpr int kSearchBlocks = kWindowed ? 2 : 3;
+// that a processor is sure to have memory for; where it has more, most of these kernels take no more registers than a third block leaves
+constexpr int kSearchBlocks = 2;
 
 // A block of slots of a, and a share of the tiles of b.
 template <class T, bool kWindowed>
-__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<kWindowed>) search(const PairArguments<T> p) {
+__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks) search(const PairArguments<T> p) {
   using Own = Products<T, SearchTiles<T>::kTiles>;
   auto& shared = shared_memory<std::conditional_t<kWindowed, WindowShared<T>, SearchShared<T>>>();
   const int block = blockIdx.x % p.a.of.blocks, share = blockIdx.x / p.a.of.blocks % p.splits;
