@@ -24,8 +24,8 @@ pytestmark = emulated
 
 # lists for each kernel that a length chooses, and of several chunks
 TOKENS = st.one_of(st.integers(1, 90), st.integers(1, 600), st.sampled_from((512, 513, 4096, 4097, 16385, 40000)))
-# samples and rows: several chunks of slots in a list, and of lists
-SHAPES = st.one_of(st.tuples(st.integers(1, 4), st.integers(1, 40)), st.sampled_from(((2, 2050), (1, 5000), (1100, 2))))
+# samples and rows: several warps, and several chunks, of slots in a list and of lists
+SHAPES = st.one_of(packing.SHAPES, st.tuples(st.integers(30, 200), st.integers(1, 3)), st.sampled_from(((2, 2050), (1, 5000), (1100, 2))))
 
 
 def check_selection(call: tuple[Tensor, int, dict[str, object]]) -> tuple[Tensor, ...]:
