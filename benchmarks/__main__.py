@@ -216,7 +216,9 @@ def _print_dry(out: Console, room: str, case: Case, trial: harness.Trial) -> Non
     out.print(f"\n[bold]{case_id(case)}[/]  ({room}; {trial.cost.flops * 1e-9:.2f} GFLOP, {trial.cost.bytes * 1e-6:.1f} MB)")
     rows = [(contender.name, contender.objections, contender.note) for contender in trial.contenders]
     rows += [(f"backend {name}", objections, "") for name, objections in trial.backends.items()]
+    chosen = next((f"backend {name}" for name, objections in trial.backends.items() if not objections), None)
     for name, objections, note in rows:
+        note = "chosen where none is named" if name == chosen else note
         verdict = f"[yellow]no[/]   {'; '.join(objections)}" if objections else f"[green]yes[/]  {note}".rstrip()
         out.print(f"  {name:24}  {verdict}", soft_wrap=True)
 
@@ -271,7 +273,7 @@ def _memory_words(touched: int) -> str:
 
 @cli.command(short_help="Models that leave tokens out of a video, beside their dense twins.")
 @click.option("--video", "video_path", type=click.Path(), help="Any film.  [default: an excerpt of Big Buck Bunny]")
-@click.option("--model", type=click.Choice(["all", "haltingvt", "eventful", "vidtr"]), default="all", show_default=True)
+@click.option("--model", type=click.Choice(["all", "haltingvt", "eventful", "vidtr", "sttm", "tome"]), default="all", show_default=True)
 @click.option(
     "--size",
     type=click.Choice(["small", "published"]),
@@ -291,7 +293,7 @@ def _memory_words(touched: int) -> str:
     help="Write them here.",
 )
 def demo(video_path: str | None, model: str, size: str, threads: int | None, device: str, seconds: float, folder: Path) -> None:
-    """Run HaltingVT, an Eventful Transformer and C-VidTr on a video, beside the dense transformers that they save on.
+    """Run HaltingVT, an Eventful Transformer, C-VidTr, STTM and ToMe on a video, beside the dense transformers that they save on.
 
     
     fewer operations   how many times fewer multiply-adds than the dense twin

@@ -18,11 +18,12 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
 template <class T, int W>
 struct ForwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr int kKeys = kFloat && W == 128 ? 16 : 32;
   using Large = ForwardShape<T, W, 4, 2, kFloat || W == 128 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
-  using Small = ForwardShape<T, W, 4, 1, kFloat ? 32 : 64, 2, false>;
-  using Full = ForwardShape<T, W, 4, 1, 32, 2, true>;
+  using Small = ForwardShape<T, W, 4, 1, kFloat ? kKeys : 64, 2, false>;
+  using Full = ForwardShape<T, W, 4, 1, kKeys, 2, true>;
   // one warp each: 8 to 32 frames, or a class token that alone looks at many keys
-  using Short = ForwardShape<T, W, 1, 2, 16, 3, true>;
+  using Short = ForwardShape<T, W, 1, 2, 16, kFloat ? 2 : 3, true>;
   using Shortest = ForwardShape<T, W, 1, 1, 16, 2, true>;
 };
 

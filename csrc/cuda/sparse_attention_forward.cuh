@@ -21,7 +21,7 @@ template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages
 struct ForwardShape {
   using T = Number;
   static constexpr int kWidth = Width;  // of heads, padded
-  static constexpr int kWarps = Warps, kTeams = Warps == 1 ? 4 : 1, kTeam = Warps * kWarp, kThreads = kTeams * kTeam;
+  static constexpr int kWarps = Warps, kTeam = Warps * kWarp;
   static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // of queries
   static constexpr int kKeys = Keys, kStages = Stages;                                              // keys of a tile, tiles in flight
   static constexpr bool kFull = Full;  // attn_mask, rel_pos and row_sq are served
@@ -41,6 +41,9 @@ struct ForwardShape {
     int batch, head, first, end;
     int partial[Warps];
   };
+  // what fits a block of any architecture
+  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kThreads = kTeams * kTeam;
   struct Shared {
     Team team[kTeams];
   };
