@@ -85,7 +85,7 @@ struct KeyTiles {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArguments a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardArguments a) {
   using T = typename Shape::T;
   using Tile = TileRows<T, Shape::kWidth>;
   using P = Products<Shape>;
