@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   const SlotList queries(p.q_index, b, h, p.rows);
   int last = -1;
   for (int i = thread; i < Shape::kRows; i += Shape::kTeam) {
-    const int slot = work.first + i, row = queries.row(slot, work.own.end);
+    const int slot = work.first + i, row = work.padding ? -1 : queries.row(slot, work.own.end);
     shared.rows[i] = row;
     if (row >= 0) last = max(last, p.packed() ? slot - work.own.begin : row);
   }
