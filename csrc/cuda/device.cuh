@@ -105,17 +105,18 @@ __device__ __forceinline__ T fold_block(T value, T (&partial)[Warps], Fold fold)
   return value;
 }
 
-// Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more.
+// Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more. A block
+// may have fewer than `Warps` warps.
 template <class T>
 struct WarpSums {
   T before, all;
 };
 template <int Warps, class T>
-__device__ __forceinline__ WarpSums<T> sum_warps(T value, T (&partial)[Warps]) {
+__device__ __forceinline__ WarpSums<T> sum_warps(T value, T (&partial)[Warps], int warps = Warps) {
   static_assert(Warps <= kWarp, "a lane reads the number of a warp");
   if (lane_id() == 0) partial[warp_id()] = value;
   __syncthreads();
-  value = lane_id() < Warps ? partial[lane_id()] : T{};
+  value = lane_id() < warps ? partial[lane_id()] : T{};
   const T before = sum_before(value);
   return {__shfl_sync(kAllLanes, before, warp_id()), __shfl_sync(kAllLanes, before + value, kWarp - 1)};
 }

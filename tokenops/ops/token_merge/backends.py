@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenops import native
+from tokenops.ops.token_merge.cuda import NativeCUDA
 from tokenops.ops.wings import backends, explain
 from tokenops.reference import token_merge as reference
 from tokenops.types import MatchProblem, MergePlan, PairProblem, SoftMergeGradients, SoftMergeProblem
@@ -140,4 +141,4 @@ def _objections(*grids: Tensor, names: str = "x") -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-BACKENDS = backends("token_merge", NativeCPU, None, reference, _objections)
+BACKENDS = backends("token_merge", NativeCPU, NativeCUDA(), reference, _objections)
