@@ -1,0 +1,310 @@
+// The forward kernels: a team of warps owns a block of query slots of one head and walks over the keys that they see.
+#pragma once
+
+#include "sparse_attention_products.cuh"
+
+namespace tokenops {
+namespace {
+
+struct ForwardArguments {
+  AttentionProblem p;
+  Grid out;  // [B, H, K, Dv] by slot, or [B, H, N, Dv] by row
+  bool by_row;
+  float* lse;     // [B, H, K] dense
+  float* row_sq;  // the same, or null
+  int64_t teams;  // blocks of query slots in all
+  int blocks;     // of a head
+};
+
+// How a kernel cuts its work. Several teams of one warp share a thread block, each with a head of its own; a larger team is a block.
+template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Full>
+struct ForwardShape {
+  using T = Number;
+  static constexpr int kWidth = Width;  // of heads, padded
+  static constexpr int kWarps = Warps, kTeam = Warps * kWarp;
+  static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // of queries
+  static constexpr int kKeys = Keys, kStages = Stages;                                              // keys of a tile, tiles in flight
+  static constexpr bool kFull = Full;  // attn_mask, rel_pos and row_sq are served
+  // tiles whose ids are known: rows are copied kStages - 1 tiles ahead, and their ids as far ahead of those
+  static constexpr int kIdTiles = 2 * kStages - 1;
+  // what a mask adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
+  static constexpr int kWeightPitch = Keys + 8;
+
+  struct Team {
+    alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
+    alignas(128) T key[Stages][Keys * TileRows<T, Width>::kPitch];
+    alignas(128) T value[Stages][Keys * TileRows<T, Width>::kPitch];
+    alignas(16) float weights[sizeof(T) == 4 || Full ? kRows * kWeightPitch : 1];
+    float bias[Stages][Keys];
+    int32_t rows[kRows], ids[kIdTiles][Keys];
+    // whose rows these are, for later
+    int batch, head, first, end;
+    int partial[2][Warps];
+  };
+  // what fits a block of any architecture
+  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kThreads = kTeams * kTeam;
+  struct Shared {
+    Team team[kTeams];
+  };
+};
+
+// The largest number of a team's threads. `partial` is shared memory that is used once.
+template <int Warps>
+__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
+  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
+  if constexpr (Warps > 1) {
+    if (lane_id() == 0) partial[warp_id()] = number;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
+  }
+  return number;
+}
+
+// The keys that a block of queries meets, tile by tile. It is told the head each time: pointers kept through the loop over tiles would
+// cost registers that the products need.
+template <class Shape>
+struct KeyTiles {
+  using T = typename Shape::T;
+  typename Shape::Team& shared;
+  const AttentionProblem& p;
+  const Span slots;
+  const int thread;
+
+  __device__ __forceinline__ int count() const { return (slots.end - slots.begin + Shape::kKeys - 1) / Shape::kKeys; }
+  __device__ __forceinline__ int32_t* ids(int tile) const { return shared.ids[tile % Shape::kIdTiles]; }
+
+  __device__ __forceinline__ void start_ids(int tile, int64_t b, int kv_head) const {
+    const SlotList list(p.kv_index, b, kv_head, p.keys);
+    copy_ids<Shape::kKeys, Shape::kTeam>(ids(tile), list, slots.begin + tile * Shape::kKeys, slots.end, thread);
+  }
+  // its ids have arrived
+  __device__ __forceinline__ void start_rows(int tile, int64_t b, int kv_head) const {
+    if (tile >= count()) return;
+    const int stage = tile % Shape::kStages;
+    const int32_t* rows = ids(tile);
+    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width, p.aligned, rows,
+                                                         p.keys, thread);
+    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width,
+                                                         p.aligned, rows, p.keys, thread);
+    if (!p.bias) return;
+    const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
+    for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
+      const bool valid = names(rows[i], p.keys);
+      cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
+    }
+  }
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardArguments a) {
+  using T = typename Shape::T;
+  using Tile = TileRows<T, Shape::kWidth>;
+  using P = Products<Shape>;
+  const AttentionProblem& p = a.p;
+
+  const int thread = threadIdx.x % Shape::kTeam, warp = warp_id() % Shape::kWarps;
+  auto& shared = shared_memory<typename Shape::Shared>().team[threadIdx.x / Shape::kTeam];
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * Shape::kTeams + threadIdx.x / Shape::kTeam;
+  if (number >= a.teams) return;
+  const int64_t b = number / a.blocks / p.heads;
+  const int h = number / a.blocks % p.heads;
+  int block = number % a.blocks;
+  // the longest blocks start first
+  if (p.causal && !p.packed()) block = a.blocks - 1 - block;
+  const Work work = find_work<Shape::kRows>(block, p.cu_seqlens_q, p.query_slots, p.cu_seqlens_k, p.key_slots, p.sequences);
+  if (work.empty()) return;
+  Span keys = work.others;
+
+  const SlotList queries(p.q_index, b, h, p.rows);
+  int last = -1;
+  for (int i = thread; i < Shape::kRows; i += Shape::kTeam) {
+    const int slot = work.first + i, row = work.padding ? -1 : queries.row(slot, work.own.end);
+    shared.rows[i] = row;
+    if (row >= 0) last = max(last, p.packed() ? slot - work.own.begin : row);
+  }
+  if (p.causal) {
+    last = most_of_team(last, shared.partial[0]);
+    if (p.packed() || !p.kv_index.data) {
+      keys.end = min(keys.end, keys.begin + last + 1);
+    } else {
+      // of an ascending list this skips all the rest; of any list, nothing visible
+      const SlotList list(p.kv_index, b, h / p.group, p.keys);
+      int bound = keys.begin;
+      for (int slot = keys.begin + thread; slot < keys.end; slot += Shape::kTeam) {
+        const int row = list.row(slot, keys.end);
+        if (row >= 0 && row <= last) bound = slot + 1;
+      }
+      keys.end = most_of_team(bound, shared.partial[1]);
+    }
+  }
+  const KeyTiles<Shape> tiles{shared, p, keys, thread};
+  for (int tile = 0; tile < 2 * (Shape::kStages - 1); ++tile) tiles.start_ids(tile, b, h / p.group);
+  if (thread == 0) {
+    shared.batch = static_cast<int>(b);
+    shared.head = h;
+    shared.first = work.first;
+    shared.end = work.own.end;
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  if constexpr (Shape::kWarps == 1)
+    __syncwarp();
+  else
+    __syncthreads();
+
+  // where there is no key nobody waits for copies before results take the queries' place
+  if (tiles.count() > 0)
+    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
+                                                         p.rows, thread);
+#pragma unroll
+  for (int tile = 0; tile < Shape::kStages - 1; ++tile) {
+    tiles.start_rows(tile, b, h / p.group);
+    cp_async_commit();
+  }
+
+  P products(shared, warp);
+  const int first = warp * Shape::kWarpRows;  // of the team's rows
+  // the sums are of this lane's keys
+  float highest[P::kRows], total[P::kRows], squares[P::kRows];
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    highest[r] = -kInfinity;
+    total[r] = squares[r] = 0.0f;
+  }
+  const bool has_terms = p.has_terms(), masked = p.mask != Kind::none || p.rel != Kind::none, busy = work.first + first < work.own.end;
+  const float unit = has_terms ? 1.0f : p.scale;
+  const int order_of_first = work.first - work.own.begin;
+
+  for (int tile = 0; tile < tiles.count(); ++tile) {
+    cp_async_wait<Shape::kStages - 2>();
+    // and everybody is through with the tile before
+    if constexpr (Shape::kWarps == 1)
+      __syncwarp();
+    else
+      __syncthreads();
+    tiles.start_rows(tile + Shape::kStages - 1, shared.batch, shared.head / p.group);
+    tiles.start_ids(tile + 2 * (Shape::kStages - 1), shared.batch, shared.head / p.group);
+    cp_async_commit();
+    // rows behind the end: this warp only helps to copy
+    if (!busy) continue;
+    if (tile == 0) products.start();
+    products.multiply_keys(shared.key[tile % Shape::kStages]);
+
+    const int32_t* ids = tiles.ids(tile);
+    const int rank = tile * Shape::kKeys;
+    if (has_terms) {
+#pragma unroll
+      for (int k = 0; k < P::kKeys; ++k) {
+        const float bias = p.bias ? to_log2(shared.bias[tile % Shape::kStages][products.key(k)]) : 0.0f;
+#pragma unroll
+        for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = products.logit(r, k) * p.scale + bias;
+      }
+    }
+    if constexpr (Shape::kFull) {
+      if (masked) {
+        // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
+        const Terms terms(p, shared.batch, shared.head);
+        float* const added = shared.weights + first * Shape::kWeightPitch;
+#pragma unroll 4
+        for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
+          const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
+          const bool exists = row >= 0 && names(id, p.keys);
+          added[r * Shape::kWeightPitch + k] = exists ? terms.at(row, id, p.packed() ? rank + k : id) : 0.0f;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < P::kRows; ++r)
+#pragma unroll
+          for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
+      }
+    }
+    if (p.causal || p.kv_index.data || keys.end - keys.begin < rank + Shape::kKeys) {
+#pragma unroll
+      for (int r = 0; r < P::kRows; ++r) {
+        const int place = first + products.row(r);
+        // the last key that the row sees
+        const int limit = !p.causal ? INT32_MAX - 1 : p.packed() ? order_of_first + place : shared.rows[place];
+#pragma unroll
+        for (int k = 0; k < P::kKeys; ++k) {
+          const int id = ids[products.key(k)], order = p.packed() ? rank + products.key(k) : id;
+          if (!names(id, p.keys) || order > limit) products.logit(r, k) = -kInfinity;
+        }
+      }
+    }
+
+    float shrink[P::kRows];
+    bool rose = false;
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) {
+      float top = -kInfinity;
+#pragma unroll
+      for (int k = 0; k < P::kKeys; ++k) top = fmaxf(top, products.logit(r, k));
+      const float above = fmaxf(highest[r], max_lanes<P::kLanes>(top) * unit);
+      // as long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN
+      const float origin = above == -kInfinity ? 0.0f : above;
+      shrink[r] = exp2_fast(highest[r] - origin);
+      rose |= shrink[r] != 1.0f;
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < P::kKeys; ++k) {
+        float& weight = products.logit(r, k);
+        weight = exp2_fast(weight * unit - origin);
+        sum += weight;
+      }
+      total[r] = total[r] * shrink[r] + sum;
+      highest[r] = above;
+    }
+    if (Shape::kFull && a.row_sq) {
+#pragma unroll
+      for (int r = 0; r < P::kRows; ++r) {
+        squares[r] *= shrink[r] * shrink[r];
+#pragma unroll
+        for (int k = 0; k < P::kKeys; ++k) squares[r] += products.logit(r, k) * products.logit(r, k);
+      }
+    }
+    // after the first few tiles a maximum seldom rises
+    if (__any_sync(kAllLanes, rose)) {
+#pragma unroll
+      for (int r = 0; r < P::kRows; ++r) products.scale_row(r, shrink[r]);
+    }
+    products.multiply_values(shared.value[tile % Shape::kStages]);
+  }
+  // for ids that no tile needed
+  cp_async_wait<0>();
+
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    const float sum = sum_lanes<P::kLanes>(total[r]), sum_of_squares = Shape::kFull ? sum_lanes<P::kLanes>(squares[r]) : 0.0f;
+    // not "highest == -inf": a row of NaN logits is no empty row
+    const bool empty = sum == 0.0f || shared.rows[first + products.row(r)] < 0;
+    const float inverse = empty ? 0.0f : 1.0f / sum;
+    // through shared memory, where the warp's own queries were, so that rows are written 16 bytes at a time
+    products.store_row(r, inverse);
+    const int slot = shared.first + first + products.row(r);
+    if (lane_id() % P::kLanes || slot >= shared.end) continue;
+    const int64_t at = (static_cast<int64_t>(shared.batch) * p.heads + shared.head) * p.query_slots + slot;
+    const float natural = highest[r] + log2_fast(sum);
+    // what to_log2 clamped to the lowest float is the lowest float in either unit
+    a.lse[at] = empty ? -kInfinity : has_terms && highest[r] == kLowest ? natural : natural * kLn2;
+    if (Shape::kFull && a.row_sq) a.row_sq[at] = empty ? 0.0f : sum_of_squares * inverse * inverse;
+  }
+  __syncwarp();
+  T* const result = a.out.at<T>(shared.batch, shared.head);
+#pragma unroll
+  for (int i = 0; i < Shape::kWarpRows * Tile::kPieces / kWarp; ++i) {
+    const int place = lane_id() + i * kWarp, r = place / Tile::kPieces, piece = place % Tile::kPieces;
+    const int slot = shared.first + first + r, row = a.by_row ? shared.rows[first + r] : slot;
+    if (slot >= shared.end || row < 0 || piece * Tile::kPiece >= p.value_width) continue;
+    T* to = result + row * a.out.row + piece * Tile::kPiece;
+    const Wide<T> numbers = load_wide(products.query + Tile::at(r, piece));
+    if (p.aligned)
+      store_wide(to, numbers);
+    else
+      for (int j = 0; j < Tile::kPiece; ++j) to[j] = numbers.at[j];
+  }
+}
+
+}  // namespace
+}  // namespace tokenops
