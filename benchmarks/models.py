@@ -8,7 +8,7 @@ are the published one and the choices made, is what must vanish.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from tokenops.models import (
     VITDET_B_1024,
     BackboneConfig,
     CompactVidTr,
+    EventfulBackbone,
     HaltingConfig,
     HaltingVT,
     VidTr,
@@ -63,6 +64,7 @@ class Case(NamedTuple):
     config: Any
     dense: Any  # the configuration of its twin
     k: int = 0  # tokens that each gate lets through
+    mode: str = "exact"  # of attention on what changed
     start: float = 0.0  # of the halting channel in patches, the class token comes without
     drift: float = 0.0  # how much a joint layer adds to it
     small: bool = False  # a size for the demo: a model that learns nothing worth having, and shows everything
@@ -107,6 +109,11 @@ def _cases() -> Iterator[Case]:
     first = VITDET_B_1024._replace(backbone_config=VITDET_B_1024.backbone_config._replace(depth=3, window_indices=(0, 1)))
     for k in (768, 512):
         yield eventful(f"ViTDet-B-1024-three-blocks-K{k}", first, k)
+    # where the published matrices stand: one of the global blocks alone
+    alone = VITDET_B_1024._replace(backbone_config=VITDET_B_1024.backbone_config._replace(depth=1, window_indices=()))
+    for k in (768, 512):
+        yield eventful(f"ViTDet-B-1024-global-block-K{k}", alone, k)
+        yield eventful(f"ViTDet-B-1024-global-block-paper-K{k}", alone, k, mode="paper")
     yield compact("C-VidTr-S", CompactVidTr.PRESETS["S"], VidTr.PRESETS["S"])
 
 
@@ -128,7 +135,7 @@ class Subject(NamedTuple):
     frames: Frames  # what each call is given, in turn
     shown: int  # frames of the video in each call
     ours: Stream
-    peers: dict[str, Callable[[Tensor], Tensor]]
+    peers: dict[str, Stream]
     right: dict[str, Callable[[], list[Tensor]]]  # what each contender must give for the first calls, in float64
     cost: MultiplyAdds  # of a call
     dense: MultiplyAdds
@@ -163,7 +170,7 @@ def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
         return tuple(want + (out - mine) for [out], mine, want in zip(results, subject.right[name](), dense(), strict=True))
 
     contenders = [Contender(MODEL, subject.ours, ours=True, note="its operators choose their backends")]
-    contenders += [Contender(name, stateless(subject.frames, _one(call))) for name, call in subject.peers.items()]
+    contenders += [Contender(name, stream) for name, stream in subject.peers.items()]
 
     def remark() -> str:
         left = ", ".join(f"{layer.name} {layer.left:.0f} of {layer.of} {layer.unit}" for layer in subject.layers)
@@ -181,12 +188,12 @@ def prepared(case: Case, request: Request) -> tuple[Trial, Report]:
     return trial, Report(subject, differences)
 
 
-def _one(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Results]:
+def _each(frames: Frames, call: Callable[[Tensor], Tensor]) -> Stream:
     @torch.no_grad()
     def run(x: Tensor) -> Results:
         return (call(x),)
 
-    return run
+    return stateless(frames, run)
 
 
 def _exactly(call: Callable[..., Tensor], model: nn.Module, inputs: Sequence[Tensor], *extra: Sequence[Any]) -> Callable[[], list[Tensor]]:
@@ -262,11 +269,11 @@ def _halting(case: Case, request: Request) -> Subject:
     return Subject(
         frames=frames,
         shown=config.frames,
-        ours=stateless(frames, _one(model)),
+        ours=_each(frames, model),
         peers={
-            SDPA: partial(plain.joint_vit, model),
-            OURS: partial(plain.joint_vit, model, block=Block.forward),
-            PUBLISHED: partial(plain.halting, model),
+            SDPA: _each(frames, partial(plain.joint_vit, model)),
+            OURS: _each(frames, partial(plain.joint_vit, model, block=Block.forward)),
+            PUBLISHED: _each(frames, partial(plain.halting, model)),
         },
         right={MODEL: masked, SDPA: whole, OURS: whole, PUBLISHED: masked},
         cost=MultiplyAdds(cost.total // CLIPS, cost.published // CLIPS),
@@ -287,7 +294,7 @@ def _eventful(case: Case, request: Request) -> Subject:
     first = (len(film) - FILM_FRAMES) // 2
     side = case.config.input_shape[1]
     pictures = F.interpolate(film[first : first + FILM_FRAMES].permute(0, 3, 1, 2) / 255, (side, side), mode="bilinear")
-    whole = ViTDetBackbone(case.config, ("topk", {"k": case.k}), "exact").eval()
+    whole = ViTDetBackbone(case.config, ("topk", {"k": case.k}), case.mode).eval()
     plain.liven(whole, 1.0)
     model, twin = whole.backbone, ViTDetBackbone(case.dense).backbone.eval()
     twin.load_state_dict(model.state_dict())
@@ -310,15 +317,33 @@ def _eventful(case: Case, request: Request) -> Subject:
         costs.append(model.flops(state))
         lists.append({name: index.clone() for name, index in state.indices().items()})
 
+    def published_start() -> list[dict[str, Tensor]]:
+        states: list[dict[str, Tensor]] = [{} for _ in model.blocks]
+        plain.eventful(model, case.k, inputs[-1], states)
+        return states
+
+    def published_step(states: list[dict[str, Tensor]], at: int) -> tuple[Results, list[dict[str, Tensor]]]:
+        return (plain.eventful(model, case.k, inputs[at], states),), states
+
     @torch.no_grad()
-    def chosen_alike() -> list[Tensor]:
+    def chosen_alike(mode: str, lists: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """The first frames in float64, every gate choosing what it chose."""
-        exact = copy.deepcopy(model).double()
+        exact = EventfulBackbone(model.config, ("topk", {"k": case.k}), mode).eval().to(inputs[0].device)
+        exact.load_state_dict(model.state_dict())
+        exact.double()
         outs, state = [], exact(inputs[-1].double())[1]
         for x, chosen in zip(inputs[:CHECKED], lists, strict=False):
             out, state = exact(x.double(), state, chosen)
             outs.append(out.clone())
         return outs
+
+    @torch.no_grad()
+    def published() -> list[Tensor]:
+        states, made = published_start(), []
+        for x in inputs[:CHECKED]:
+            made.append({})
+            plain.eventful(model, case.k, x, states, made[-1])
+        return chosen_alike("paper", made)
 
     tokens = inputs[0].shape[1]
     layers = []
@@ -343,8 +368,12 @@ def _eventful(case: Case, request: Request) -> Subject:
         frames=frames,
         shown=1,
         ours=Stream(len(inputs), torch.no_grad()(start), torch.no_grad()(step)),
-        peers={SDPA: partial(plain.vitdet, twin), OURS: lambda x: twin(x)[0]},
-        right={MODEL: cache(chosen_alike), SDPA: dense, OURS: dense},
+        peers={
+            SDPA: _each(frames, partial(plain.vitdet, twin)),
+            OURS: _each(frames, lambda x: twin(x)[0]),
+            PUBLISHED: Stream(len(inputs), torch.no_grad()(published_start), torch.no_grad()(published_step)),
+        },
+        right={MODEL: cache(partial(chosen_alike, case.mode, lists)), SDPA: dense, OURS: dense, PUBLISHED: cache(published)},
         cost=_mean(costs),
         dense=twin.flops(),
         weights=_weights(model),
@@ -398,8 +427,12 @@ def _vidtr(case: Case, request: Request) -> Subject:
     return Subject(
         frames=frames,
         shown=config.frames,
-        ours=stateless(frames, _one(model)),
-        peers={SDPA: partial(plain.vidtr, twin), OURS: twin, PUBLISHED: partial(plain.vidtr, model)},
+        ours=_each(frames, model),
+        peers={
+            SDPA: _each(frames, partial(plain.vidtr, twin)),
+            OURS: _each(frames, twin),
+            PUBLISHED: _each(frames, partial(plain.vidtr, model)),
+        },
         right={
             MODEL: _exactly(plain.vidtr, model, clips, kept),
             SDPA: dense,

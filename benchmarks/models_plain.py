@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenops.models import EventfulBackbone, HaltingVT
+from tokenops.models.eventful_block import GATES
 
 
 def attention(attn: Any, x: Tensor) -> Tensor:  # [..., N, C]
@@ -87,28 +88,128 @@ def vitdet(model: EventfulBackbone, x: Tensor) -> Tensor:  # [B, N, C]
     """Every block in full: windows cut out and put back, the position bias as a mask of SDPA."""
     x = x + model.encoding()
     for block in model.blocks:
-        x = x + _on_windows(block, block.norm1(x), model.grid)
+        attended = _in_windows(block, block.attn.qkv(block.norm1(x)), model.grid, F.scaled_dot_product_attention)
+        x = x + block.attn.proj(attended)
         x = x + block.mlp(block.norm2(x))
     return x
 
 
-def _on_windows(block: Any, x: Tensor, grid: Sequence[int]) -> Tensor:
+def eventful(
+    model: EventfulBackbone, k: int, x: Tensor, states: list[dict[str, Tensor]], chosen: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The next frame [B, N, C] as published: gates and buffers, in global blocks the matrices [B, H, N, N] of logits and of attention.
+
+    ``states`` holds a dict for each block, empty before a first frame, and is written over. ``chosen`` is given the gates' choices.
+    The published column gate subtracts the whole matrix that it keeps, and uses the chosen columns of the difference; here only those
+    are subtracted.
+    """
+    x = x + model.encoding()
+    for at, (block, kept) in enumerate(zip(model.blocks, states, strict=True)):
+        current = block.norm1(x)
+        index = _gate(kept, "qkv", current, k)
+        qkv = _buffer(kept, "qkv", block.attn.qkv(_rows(current, index)), index)
+        if block.kind == "EventfulBlock":
+            attended = _update_attention(block, kept, qkv, index)
+        else:
+            attended = _in_windows(block, qkv, model.grid, _materialised)
+        lists = [index, _gate(kept, "projection", attended, k)]
+        x = x + _buffer(kept, "projection", block.attn.proj(_rows(attended, lists[1])), lists[1])
+        current = block.norm2(x)
+        lists.append(_gate(kept, "mlp", current, k))
+        x = x + _buffer(kept, "mlp", block.mlp(_rows(current, lists[2])), lists[2])
+        if chosen is not None and index is not None:
+            chosen.update({f"blocks.{at}.{gate}": ids for gate, ids in zip(GATES, lists, strict=True) if ids is not None})
+    return x
+
+
+def _gate(kept: dict[str, Tensor], name: str, current: Tensor, k: int) -> Tensor | None:  # [B, N, C] -> [B, K]
+    """The tokens that changed most since they last were chosen; None: all, in a first frame."""
+    reference = kept.setdefault(f"{name} reference", current)
+    if reference is current:
+        kept[f"{name} reference"] = current.clone()
+        return None
+    index = torch.linalg.vector_norm(current - reference, dim=-1).topk(k, sorted=False).indices
+    reference.scatter_(1, _wide(index, current), _rows(current, index))
+    return index
+
+
+def _buffer(kept: dict[str, Tensor], name: str, rows: Tensor, index: Tensor | None) -> Tensor:  # [B, K, C] -> [B, N, C]
+    if index is None:
+        kept[name] = rows
+    else:
+        kept[name].scatter_(1, _wide(index, rows), rows)
+    return kept[name]
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:  # [B, N, C] -> [B, K, C]
+    return x if index is None else x.gather(1, _wide(index, x))
+
+
+def _wide(index: Tensor, x: Tensor) -> Tensor:
+    return index[..., None].expand(-1, -1, x.shape[2])
+
+
+def _update_attention(block: Any, kept: dict[str, Tensor], qkv: Tensor, index: Tensor | None) -> Tensor:  # [B, N, 3 C] -> [B, N, C]
+    query, key, value = block.attn.heads(qkv)
+    scaled = query * query.shape[-1] ** -0.5
+    if index is None:
+        kept["logits"] = scaled @ key.mT
+    else:
+        heads, tokens, width = query.shape[1:]
+        rows = index[:, None, :, None].expand(-1, heads, -1, width)
+        across, down = rows[..., :1].expand(-1, -1, -1, tokens), rows[..., 0].unsqueeze(2).expand(-1, -1, tokens, -1)
+        kept["logits"].scatter_(2, across, scaled.gather(2, rows) @ key.mT)
+        kept["logits"].scatter_(3, down, scaled @ key.gather(2, rows).mT)
+    attention = _biased(block, query, kept["logits"]).softmax(-1)
+    if index is None:
+        kept["attention"], kept["value"], kept["product"] = attention, value.clone(), attention @ value
+    else:
+        new, new_value = attention.gather(3, down), value.gather(2, rows)
+        change, value_change = new - kept["attention"].gather(3, down), new_value - kept["value"].gather(2, rows)
+        kept["attention"].scatter_(3, down, new)
+        kept["value"].scatter_(2, rows, new_value)
+        kept["product"].add_(new @ value_change).add_(change @ (new_value - value_change))
+    return kept["product"].transpose(1, 2).flatten(2)
+
+
+def _biased(block: Any, query: Tensor, logits: Tensor) -> Tensor:  # [B, H, N, M], other memory than the one given
+    if not block.has_tables:
+        return logits
+    by_row, by_column = _position_bias(block, query)
+    h, w = by_row.shape[-1], by_column.shape[-1]
+    biased = logits.unflatten(3, (h, w)) + by_row[..., None]
+    return biased.add_(by_column[..., None, :]).flatten(3)
+
+
+def _position_bias(block: Any, query: Tensor) -> tuple[Tensor, Tensor]:  # [B, H, N, h], [B, H, N, w]
+    over_rows, over_columns = block.tables()
+    on_grid = query.unflatten(2, block.window or block.grid)
+    by_row = torch.einsum("bhijd,ikd->bhijk", on_grid, over_rows).flatten(2, 3)
+    return by_row, torch.einsum("bhijd,jkd->bhijk", on_grid, over_columns).flatten(2, 3)
+
+
+def _materialised(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+    return (logits if bias is None else logits + bias).softmax(-1) @ value
+
+
+def _in_windows(block: Any, qkv: Tensor, grid: Sequence[int], attend: Callable[..., Tensor]) -> Tensor:  # [B, N, 3 C] -> [B, N, C]
+    """A grid that no whole number of windows covers is filled up with what the layer makes of zeros."""
     h, w = block.window or grid
-    down, right = -grid[0] % h, -grid[1] % w
-    x = F.pad(x.unflatten(1, tuple(grid)), (0, 0, 0, right, 0, down))
-    rows, columns = x.shape[1] // h, x.shape[2] // w
-    x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h)).transpose(2, 3).flatten(3, 4).flatten(0, 2)  # [B windows, h w, C]
-    query, key, value = block.attn.heads(block.attn.qkv(x))
+    rows, columns = -(-grid[0] // h), -(-grid[1] // w)
+    x = qkv.unflatten(1, tuple(grid))
+    if (rows * h, columns * w) != tuple(grid):
+        x = block.attn.qkv.bias.expand(len(qkv), rows * h, columns * w, -1).clone()
+        x[:, : grid[0], : grid[1]] = qkv.unflatten(1, tuple(grid))
+    x = x.unflatten(2, (columns, w)).unflatten(1, (rows, h)).transpose(2, 3).flatten(3, 4).flatten(0, 2)  # [B windows, h w, 3 C]
+    query, key, value = block.attn.heads(x)
     mask = None
     if block.has_tables:
-        on_grid = query.unflatten(2, (h, w))
-        over_rows, over_columns = block.tables()
-        by_row = torch.einsum("bhijd,ikd->bhijk", on_grid, over_rows).flatten(2, 3)
-        by_column = torch.einsum("bhijd,jkd->bhijk", on_grid, over_columns).flatten(2, 3)
+        by_row, by_column = _position_bias(block, query)
         mask = (by_row[..., :, None] + by_column[..., None, :]).flatten(3)
-    out = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+    out = attend(query, key, value, mask).transpose(1, 2).flatten(2)
     out = out.unflatten(1, (h, w)).unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return block.attn.proj(out[:, : grid[0], : grid[1]].flatten(1, 2))
+    return out[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
 # VidTr

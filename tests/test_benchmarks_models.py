@@ -44,7 +44,7 @@ CASES = {
 }
 CONTENDERS = {
     "haltingvt": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
-    "eventful": ["tokenops", models.SDPA, models.OURS],
+    "eventful": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
     "vidtr": ["tokenops", models.SDPA, models.OURS, models.PUBLISHED],
 }
 every_model = pytest.mark.parametrize("name", CASES)
@@ -82,6 +82,18 @@ def test_every_contender_is_what_it_says(name: str, request_for_film: harness.Re
     assert len(report.differences) == models.CHECKED
     assert all(difference > 1e-3 for difference in report.differences)
     assert "relative difference from the dense twin" in trial.remark()
+
+
+def test_the_published_update_of_attention_by_us_and_in_plain_torch(request_for_film: harness.Request) -> None:
+    """Three global blocks in mode "paper", whose state is the attention matrix as in the peer."""
+    backbone = BACKBONE._replace(window_indices=())
+    config = EVENTFUL._replace(backbone_config=backbone)
+    dense = EVENTFUL._replace(backbone_config=backbone._replace(block_class="Block"))
+    trial, report = models.prepared(CASES["eventful"]._replace(config=config, dense=dense, mode="paper"), request_for_film)
+    outcomes = measured(trial)
+    assert list(outcomes) == CONTENDERS["eventful"]
+    assert {outcome.status for outcome in outcomes.values()} == {"ok"}, outcomes
+    assert all(difference > 1e-3 for difference in report.differences)
 
 
 @every_model
