@@ -148,10 +148,11 @@ struct TileRows {
 };
 
 // Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
-// `width` numbers of a row. A grid that is not aligned is copied at once.
+// `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is
+// copied at once.
 template <int Rows, int W, int Threads, class T>
 __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
-                                          int thread) {
+                                          int thread, int first_slot = -1) {
   using Tile = TileRows<T, W>;
 #pragma unroll
   for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
@@ -159,7 +160,7 @@ __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride
     if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
     const int id = ids[r];
     const bool valid = names(id, rows) && piece * Tile::kPiece < width;
-    const T* from = valid ? grid + id * stride + piece * Tile::kPiece : grid;
+    const T* from = valid ? grid + (first_slot < 0 ? id : first_slot + r) * stride + piece * Tile::kPiece : grid;
     T* to = tile + Tile::at(r, piece);
     if (aligned) {
       cp_async_16(to, from, valid);

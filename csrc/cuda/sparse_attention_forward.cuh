@@ -29,6 +29,7 @@ struct ForwardShape {
   static constexpr int kIdTiles = 2 * kStages - 1;
   // what a mask adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
   static constexpr int kWeightPitch = Keys + 8;
+  static constexpr bool kHoldQuery = RowTiles * Width <= 128;
 
   struct Team {
     alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
     cp_async_commit();
   }
 
-  P products(shared, warp);
   const int first = warp * Shape::kWarpRows;  // of the team's rows
+  P products(shared.query + first * Tile::kPitch, shared.weights + (sizeof(T) == 4 ? first * Shape::kWeightPitch : 0));
   // the sums are of this lane's keys
   float highest[P::kRows], total[P::kRows], squares[P::kRows];
 #pragma unroll
