@@ -59,7 +59,8 @@ struct BackwardShape {
     // of keys the bias; of queries lse and delta
     float bias[kOwnsKeys ? 1 : Stages][Others], lse[kOwnsKeys ? Stages : 1][Others], delta[kOwnsKeys ? Stages : 1][Others];
     int32_t rows[kRows], ids[kIdTiles][Others];
-    // whose rows these are: kept here and not in registers that the products need
+    // of keys that the team owns, and whose rows these are: kept here and not in registers that the products need
+    float own_bias[kOwnsKeys ? kRows : 1];
     int batch, head, piece;
     int partial[Warps];
   };
@@ -241,6 +242,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   for (int i = thread; i < Shape::kRows; i += Shape::kTeam) {
     const int slot = work.first + i, row = own.row(slot, work.own.end);
     shared.rows[i] = row;
+    if constexpr (kOwnsKeys)
+      shared.own_bias[i] = p.bias && row >= 0 ? to_log2(p.bias[b * p.bias_batch + head * p.bias_head + row * p.bias_row]) : 0.0f;
     const int order = p.packed() ? slot - work.own.begin : row;
     if (row >= 0) extreme = kOwnsKeys ? min(extreme, order) : max(extreme, order);
   }
@@ -254,7 +257,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   const Span others = p.causal ? causal_slots<Shape>(p, work.others, extreme, shared, thread) : work.others;
   const OtherTiles<Shape> tiles{shared, a, others, thread};
   for (int step = 0; step < 2 * (Shape::kStages - 1); ++step) tiles.start_ids(step);
-  const int64_t query_slot = (b * p.heads + head) * p.query_slots + work.first;
   {
     const Grid &first = kOwnsKeys ? p.key : p.query, &second = kOwnsKeys ? p.value : a.grad_out;
     const int rows = kOwnsKeys ? p.keys : p.rows;
@@ -277,20 +279,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   // logits, then weights, then the sums of grad_value; and slopes, then the sums of grad_query or grad_key
   P scores(shared.own_first + first * Tile::kPitch, weights), slopes(shared.own_second + first * Tile::kPitch, weights);
   const bool masked = p.mask != Kind::none || p.rel != Kind::none, busy = work.first + first < work.own.end;
-  // of a query its lse and delta; of a key its bias, and the sum of its slopes
-  float offset[P::kRows], delta[P::kRows];
+  // of a query
+  float lse[kOwnsKeys ? 1 : P::kRows], delta[kOwnsKeys ? 1 : P::kRows];
+  if constexpr (!kOwnsKeys) {
+    const int64_t at = (b * p.heads + head) * p.query_slots + work.first + first;
 #pragma unroll
-  for (int r = 0; r < P::kRows; ++r) {
-    const int row = shared.rows[first + scores.row(r)];
-    offset[r] = delta[r] = 0.0f;
-    if constexpr (kOwnsKeys) {
-      if (p.bias && row >= 0) offset[r] = to_log2(p.bias[b * p.bias_batch + head * p.bias_head + row * p.bias_row]);
-    } else {
-      const int64_t at = query_slot + first + scores.row(r);
-      offset[r] = row < 0 ? -kInfinity : -a.lse[at];
-      if (row >= 0) delta[r] = a.delta[at];
+    for (int r = 0; r < P::kRows; ++r) {
+      const bool exists = shared.rows[first + scores.row(r)] >= 0;
+      lse[r] = exists ? a.lse[at + scores.row(r)] : kInfinity;
+      delta[r] = exists ? a.delta[at + scores.row(r)] : 0.0f;
     }
   }
+  // sums of slopes: of a key, and of a query for each column of cells
+  float of_key[kOwnsKeys ? P::kRows : 1] = {};
   const int order_of_own = work.first - work.own.begin + first;
   float columns[kRelPos ? P::kRows : 1][kRelPos ? P::kKeys : 1] = {};
 
@@ -320,7 +321,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
       const int at = scores.key(k);
       const float other = kOwnsKeys ? -shared.lse[stage][at] : p.bias ? to_log2(shared.bias[stage][at]) : 0.0f;
 #pragma unroll
-      for (int r = 0; r < P::kRows; ++r) scores.logit(r, k) = scores.logit(r, k) * p.scale + (offset[r] + other);
+      for (int r = 0; r < P::kRows; ++r) {
+        const float own = kOwnsKeys ? shared.own_bias[first + scores.row(r)] : -lse[kOwnsKeys ? 0 : r];
+        scores.logit(r, k) = scores.logit(r, k) * p.scale + (own + other);
+      }
     }
     if constexpr (Shape::kFull) {
       if (masked) {
@@ -357,7 +361,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
           const int id = ids[at], other = p.packed() ? rank + at : id;
           if (!names(id, kOwnsKeys ? p.rows : p.keys) || (p.causal && (kOwnsKeys ? other < order : other > order))) weight = 0.0f;
         }
-        slopes.logit(r, k) = weight * (slopes.logit(r, k) - (kOwnsKeys ? shared.delta[stage][at] : delta[r]));
+        slopes.logit(r, k) = weight * (slopes.logit(r, k) - (kOwnsKeys ? shared.delta[stage][at] : delta[kOwnsKeys ? 0 : r]));
       }
     }
 
@@ -381,7 +385,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
 #pragma unroll
       for (int r = 0; r < P::kRows; ++r)
 #pragma unroll
-        for (int k = 0; k < P::kKeys; ++k) delta[r] += slopes.logit(r, k);
+        for (int k = 0; k < P::kKeys; ++k) of_key[r] += slopes.logit(r, k);
       if (a.grad_value.data) scores.multiply_values(shared.second[stage]);
       // float's weights are where its slopes go now
       if constexpr (sizeof(T) == 4) __syncwarp();
@@ -414,7 +418,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
       slopes.store_row(r, p.scale * kLn2);
       if constexpr (kOwnsKeys) {
         scores.store_row(r, 1.0f);
-        const float sum = sum_lanes<P::kLanes>(delta[r]);
+        const float sum = sum_lanes<P::kLanes>(of_key[r]);
         const int row = rows[scores.row(r)];
         if (a.grad_bias && row >= 0 && lane_id() % P::kLanes == 0) a.grad_bias[(batch * (p.heads / p.group) + of_head) * p.keys + row] = sum;
       }
