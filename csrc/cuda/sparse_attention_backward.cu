@@ -12,7 +12,7 @@ struct BackwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kQueryTiles = kFloat || W == 128 ? 1 : 2, kKeyTiles = kFloat || W >= 96 ? 1 : 2;
   template <Gradient Of>
-  using Large = BackwardShape<T, W, Of, 4, Of == Gradient::query ? kQueryTiles : kKeyTiles, 32, kFloat ? 2 : 3, false>;
+  using Large = BackwardShape<T, W, Of, 4, Of == Gradient::query ? kQueryTiles : kKeyTiles, 32, kFloat || W == 128 ? 2 : 3, false>;
   template <Gradient Of>
   using Small = BackwardShape<T, W, Of, 4, 1, 32, 2, true>;
   // one warp each: 8 to 16 frames

@@ -39,7 +39,8 @@ struct BackwardShape {
   static constexpr Gradient kOf = Of;
   static constexpr bool kOwnsKeys = Of == Gradient::key_value;
   static constexpr int kWidth = Width;  // of heads, padded
-  static constexpr int kWarps = Warps, kTeams = Warps == 1 ? 4 : 1, kTeam = Warps * kWarp, kThreads = kTeams * kTeam;
+  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(T) == 4 && Width == 128 ? 2 : 4;
+  static constexpr int kWarps = Warps, kTeam = Warps * kWarp, kThreads = kTeams * kTeam;
   static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // that a team owns
   static constexpr int kKeys = Others, kStages = Stages;  // rows of a tile of the other side, tiles in flight
   static constexpr bool kFull = Full;                     // attn_mask and rel_pos are served
@@ -59,23 +60,17 @@ struct BackwardShape {
     // of keys the bias; of queries lse and delta
     float bias[kOwnsKeys ? 1 : Stages][Others], lse[kOwnsKeys ? Stages : 1][Others], delta[kOwnsKeys ? Stages : 1][Others];
     int32_t rows[kRows], ids[kIdTiles][Others];
-    // of keys that the team owns, and whose rows these are: kept here and not in registers that the products need
+    // what is kept here and not in registers that the products need: the bias of keys that the team owns; whose rows these are; the rank of
+    // its first row in its sequence; the slots that it meets, and the first of their sequence
     float own_bias[kOwnsKeys ? kRows : 1];
-    int batch, head, piece;
+    int batch, head, piece, rank, other_begin;
+    Span slots;
     int partial[Warps];
   };
   struct Shared {
     Team team[kTeams];
   };
 };
-
-template <class Shape>
-__device__ __forceinline__ void wait_for_team() {
-  if constexpr (Shape::kWarps == 1)
-    __syncwarp();
-  else
-    __syncthreads();
-}
 
 template <class Shape, class Fold>
 __device__ __forceinline__ int fold_team(int value, typename Shape::Team& shared, Fold fold) {
@@ -92,12 +87,11 @@ struct OtherTiles {
   static constexpr bool kOwnsKeys = Shape::kOwnsKeys;
   typename Shape::Team& shared;
   const BackwardArguments& a;
-  const Span slots;
   const int thread;
 
   __device__ __forceinline__ int count() const {
     if constexpr (Shape::kOf == Gradient::rel_pos) return a.p.rel_height;
-    return (slots.end - slots.begin + Shape::kKeys - 1) / Shape::kKeys * (kOwnsKeys ? a.p.group : 1);
+    return (shared.slots.end - shared.slots.begin + Shape::kKeys - 1) / Shape::kKeys * (kOwnsKeys ? a.p.group : 1);
   }
   // one loop over the tiles of all query heads of a group: a loop around a loop would drain the pipeline every turn
   __device__ __forceinline__ int query_head(int step) const {
@@ -105,10 +99,10 @@ struct OtherTiles {
   }
   __device__ __forceinline__ Span tile(int step) const {
     if constexpr (Shape::kOf == Gradient::rel_pos) {
-      const int column = shared.piece * Shape::kKeys, first = slots.begin + step * a.p.rel_width + column;
-      return {first, min(slots.end, first + min(Shape::kKeys, a.p.rel_width - column))};
+      const int column = shared.piece * Shape::kKeys, first = shared.slots.begin + step * a.p.rel_width + column;
+      return {first, min(shared.slots.end, first + min(Shape::kKeys, a.p.rel_width - column))};
     }
-    return {slots.begin + (kOwnsKeys ? step / a.p.group : step) * Shape::kKeys, slots.end};
+    return {shared.slots.begin + (kOwnsKeys ? step / a.p.group : step) * Shape::kKeys, shared.slots.end};
   }
   __device__ __forceinline__ int32_t* ids(int step) const { return shared.ids[step % Shape::kIdTiles]; }
 
@@ -162,13 +156,12 @@ struct OtherTiles {
 // Of the slots of the other side those that a causal team may meet. `extreme`: the last query that it owns, or the first key, by rank in a
 // packed sequence.
 template <class Shape>
-__device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slots, int extreme, typename Shape::Team& shared, int thread) {
-  if constexpr (Shape::kOf == Gradient::rel_pos) return slots;
-  const int64_t b = shared.batch;
+__device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slots, int64_t b, int head, int extreme,
+                                             typename Shape::Team& shared, int thread) {
   if constexpr (Shape::kOwnsKeys) {
     if (p.packed() || !p.q_index.data) return {slots.begin + min(extreme, slots.end - slots.begin), slots.end};
     int bound = slots.end;
-    for (int h = shared.head * p.group; h < (shared.head + 1) * p.group; ++h) {
+    for (int h = head * p.group; h < (head + 1) * p.group; ++h) {
       const SlotList list(p.q_index, b, h, p.rows);
       for (int slot = slots.begin + thread; slot < bound; slot += Shape::kTeam)
         if (list.row(slot, slots.end) >= extreme) bound = slot;
@@ -177,7 +170,7 @@ __device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slo
   } else {
     if (p.packed() || !p.kv_index.data) return {slots.begin, min(slots.end, slots.begin + extreme + 1)};
     // of an ascending list this skips all the rest; of any list, nothing visible
-    const SlotList list(p.kv_index, b, shared.head / p.group, p.keys);
+    const SlotList list(p.kv_index, b, head / p.group, p.keys);
     int bound = slots.begin;
     for (int slot = slots.begin + thread; slot < slots.end; slot += Shape::kTeam) {
       const int row = list.row(slot, slots.end);
@@ -247,15 +240,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
     const int order = p.packed() ? slot - work.own.begin : row;
     if (row >= 0) extreme = kOwnsKeys ? min(extreme, order) : max(extreme, order);
   }
+  Span slots = work.others;
+  if (p.causal && !kRelPos) {
+    extreme = fold_team<Shape>(extreme, shared, [](int x, int y) { return kOwnsKeys ? min(x, y) : max(x, y); });
+    slots = causal_slots<Shape>(p, slots, b, head, extreme, shared, thread);
+  }
   if (thread == 0) {
     shared.batch = static_cast<int>(b);
     shared.head = head;
     shared.piece = number % a.pieces;
+    shared.rank = work.first - work.own.begin;
+    shared.other_begin = work.others.begin;
+    shared.slots = slots;
   }
-  if (p.causal) extreme = fold_team<Shape>(extreme, shared, [](int x, int y) { return kOwnsKeys ? min(x, y) : max(x, y); });
-  wait_for_team<Shape>();
-  const Span others = p.causal ? causal_slots<Shape>(p, work.others, extreme, shared, thread) : work.others;
-  const OtherTiles<Shape> tiles{shared, a, others, thread};
+  if constexpr (Shape::kWarps == 1)
+    __syncwarp();
+  else
+    __syncthreads();
+  const OtherTiles<Shape> tiles{shared, a, thread};
   for (int step = 0; step < 2 * (Shape::kStages - 1); ++step) tiles.start_ids(step);
   {
     const Grid &first = kOwnsKeys ? p.key : p.query, &second = kOwnsKeys ? p.value : a.grad_out;
@@ -267,7 +269,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   }
   cp_async_commit();
   cp_async_wait<0>();
-  wait_for_team<Shape>();
+  if constexpr (Shape::kWarps == 1)
+    __syncwarp();
+  else
+    __syncthreads();
 #pragma unroll
   for (int step = 0; step < Shape::kStages - 1; ++step) {
     tiles.start_rows(step);
@@ -292,13 +297,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   }
   // sums of slopes: of a key, and of a query for each column of cells
   float of_key[kOwnsKeys ? P::kRows : 1] = {};
-  const int order_of_own = work.first - work.own.begin + first;
   float columns[kRelPos ? P::kRows : 1][kRelPos ? P::kKeys : 1] = {};
 
   for (int step = 0; step < tiles.count(); ++step) {
     cp_async_wait<Shape::kStages - 2>();
     // and everybody is through with the tile before
-    wait_for_team<Shape>();
+    if constexpr (Shape::kWarps == 1)
+      __syncwarp();
+    else
+      __syncthreads();
     tiles.start_rows(step + Shape::kStages - 1);
     tiles.start_ids(step + 2 * (Shape::kStages - 1));
     cp_async_commit();
@@ -315,7 +322,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
     const int32_t* ids = tiles.ids(step);
     const Span slots = tiles.tile(step);
     // rank of the first of the others in their sequence
-    const int rank = slots.begin - work.others.begin, filled = slots.end - slots.begin;
+    const int rank = slots.begin - shared.other_begin, filled = slots.end - slots.begin;
 #pragma unroll
     for (int k = 0; k < P::kKeys; ++k) {
       const int at = scores.key(k);
@@ -335,7 +342,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
           const int r = kOwnsKeys ? i % Shape::kWarpRows : i / Shape::kKeys, k = kOwnsKeys ? i / Shape::kWarpRows : i % Shape::kKeys;
           const int row = shared.rows[first + r], id = ids[k];
           const bool exists = row >= 0 && k < filled && names(id, kOwnsKeys ? p.rows : p.keys);
-          const int key_rank = kOwnsKeys ? order_of_own + r : rank + k, key = kOwnsKeys ? row : id;
+          const int key_rank = kOwnsKeys ? shared.rank + first + r : rank + k, key = kOwnsKeys ? row : id;
           weights[r * Shape::kWeightPitch + k] = exists ? terms.at(kOwnsKeys ? id : row, key, p.packed() ? key_rank : key) : 0.0f;
         }
         __syncwarp();
@@ -350,7 +357,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
     const bool some_hidden = p.causal || (kOwnsKeys ? p.q_index.data : p.kv_index.data) || filled < Shape::kKeys;
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) {
-      const int order = p.packed() ? order_of_own + scores.row(r) : shared.rows[first + scores.row(r)];
+      const int order = p.packed() ? shared.rank + first + scores.row(r) : shared.rows[first + scores.row(r)];
 #pragma unroll
       for (int k = 0; k < P::kKeys; ++k) {
         const int at = scores.key(k);
