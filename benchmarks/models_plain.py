@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from tokenops.models import EventfulBackbone, HaltingVT
 from tokenops.models.eventful_block import GATES
 
+from . import token_merge
 
-def attention(attn: Any, x: Tensor) -> Tensor:  # [..., N, C]
+
+def attention(attn: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [..., N, C]
     query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).movedim(-2, -4).unbind(-2)
-    return attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2))
+    return attn.proj(sdpa(query, key, value, mask).transpose(-3, -2).flatten(-2))
 
 
-def vit_block(block: Any, x: Tensor) -> Tensor:  # [B, N, C]
-    x = x + attention(block.attn, block.norm1(x))
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:  # [..., H, N, D]
+    """With the one batch dimension that its fast kernels take."""
+    flat = (x.flatten(0, -4) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*flat, mask).unflatten(0, query.shape[:-3])
+
+
+def vit_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, N, C]
+    x = x + attention(block.attn, block.norm1(x), mask)
     return x + block.mlp(block.norm2(x))
 
 
@@ -231,41 +239,117 @@ def vidtr(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[
         x, rows = torch.cat([model.cls_temporal.expand(batch, -1, -1), x.flatten(1, 2)], 1), rows + 1
     pools = dict(zip(config.pool_layers, forced or [None] * len(config.pool_layers), strict=True))
     for at, block in enumerate(model.blocks):
-        source = block.norm1(x)
-        h = source + model.pos_embed if at == 0 else source
+        h = block.norm1(x)
+        if at == 0:
+            h = h + model.pos_embed
         if hasattr(block.attn, "pool"):
-            grid = _split(h[:, alone:], rows, block, heads)
-            old = x[:, alone:].unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)
-            query, key, value = (part.permute(0, 2, 3, 1, 4) for part in grid)  # [B, N, H, R, D]
-            if at in pools:
-                p = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-                drop, given = block.attn.pool.drop, pools[at]
-                index = p.std(-1).topk(rows - drop).indices.sort(-1).values if given is None else given.long()
+            y, index = separable(block.attn, h[:, alone:], rows, pools.get(at))
+            if index is not None:
                 if chosen is not None:
                     chosen.append(index)
-                value = p.take_along_dim(index[..., None], 3).softmax(-1) @ value
-                query, key, old = (part.take_along_dim(index[..., None], 3) for part in (query, key, old))
-                rows -= drop
-            else:
-                value = F.scaled_dot_product_attention(query, key, value)
-            query, key, value = (part.permute(0, 3, 2, 1, 4) for part in (query, key, value))  # [B, R, H, N, D]
-            y = block.attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(2, 3).flatten(3)).flatten(1, 2)
-            x = torch.cat([x[:, :alone], old.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)], 1)
+                old = x[:, alone:].unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)  # [B, N, H, R, D]
+                old = _listed(old, index).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
+                x, rows = torch.cat([x[:, :alone], old], 1), index.shape[3]
             # a class token that stands alone is not attended to: what is added is its own input
             x = x + torch.cat([h[:, :alone], y], 1)
         else:
-            query, key, value = (_heads(part, heads) for part in block.attn.project(h, source))
-            x = x + block.attn.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+            x = x + attention(block.attn, h)
         x = x + block.mlp(block.norm2(x))
     return model.head(model.norm(x[:, 0]))
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:  # [B, N, C] -> [B, H, N, D]
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def separable(attn: Any, x: Tensor, rows: int, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention over time, then over space: [B, R N, C] -> [B, K N, C], and the rows that were kept, or given, [B, N, H, K]."""
+    parts = (F.linear(x, weight, bias) for weight, bias in zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), strict=True))
+    grids = (part.unflatten(1, (rows, -1)).unflatten(-1, (attn.num_heads, -1)) for part in parts)
+    query, key, value = (grid.permute(0, 2, 3, 1, 4) for grid in grids)  # [B, N, H, R, D]
+    if attn.pool is None:
+        value = sdpa(query, key, value)
+    else:
+        p = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1)
+        if index is None:
+            index = p.std(-1).topk(rows - attn.pool.drop).indices.sort(-1).values
+        value = _listed(p, index).softmax(-1) @ value
+        query, key = _listed(query, index), _listed(key, index)
+    query, key, value = (part.permute(0, 3, 2, 1, 4) for part in (query, key, value))  # [B, K, H, N, D]
+    return attn.proj(sdpa(query, key, value).transpose(2, 3).flatten(3)).flatten(1, 2), index
 
 
-def _split(x: Tensor, rows: int, block: Any, heads: int) -> list[Tensor]:  # [B, R N, C] -> three times [B, R, N, H, D]
-    return [part.unflatten(1, (rows, -1)).unflatten(-1, (heads, -1)) for part in block.attn.project(x, x)]
+def _listed(x: Tensor, index: Tensor) -> Tensor:  # [B, N, H, R, D], [B, N, H, K] -> [B, N, H, K, D]
+    return x.gather(3, index.long()[..., None].expand(*index.shape, x.shape[-1]))
+
+
+# ToMe and STTM
+
+
+def video_vit(model: Any, clip: Tensor, block: Callable[[Any, Tensor], Tensor] = vit_block) -> Tensor:  # -> [B, C]
+    x = model.embed(clip)
+    for layer in model.blocks:
+        x = block(layer, x)
+    return model.norm(x).mean(1)
+
+
+def tome(model: Any, clip: Tensor, forced: Sequence[Tensor] = (), chosen: list[Tensor] | None = None) -> Tensor:  # -> [B, C]
+    """As published: attention with its matrix stored, the whole matrix of similarities, sorted; rows gathered and scattered.
+
+    ``forced`` are the rows that tokens go to instead, [B, N] for each block that merges; ``chosen`` is given those that they went to.
+    """
+    x, plans = model.embed(clip), iter(forced)
+    size = torch.ones_like(x[..., :1])
+    for block in model.blocks:
+        query, key, value = block.attn.heads(block.attn.qkv(block.norm1(x)))
+        p = (query @ key.mT * query.shape[-1] ** -0.5 + size.log().mT[:, None]).softmax(-1)
+        x = x + block.attn.proj((p @ value).transpose(1, 2).flatten(2))
+        tokens = x.shape[1]
+        r = min(model.config.r, tokens // 2)
+        if forced:
+            x, size = token_merge.means(token_merge.Inputs(x, x, size), next(plans), tokens - r)
+        else:
+            x, size, *split = token_merge.torch_match_merge(x, key.mean(1), size, r=r, class_token=False)
+            if chosen is not None:
+                chosen.append(token_merge.slots(token_merge.Split(*split), tokens))
+        x = x + block.mlp(block.norm2(x))
+    # each token has the row that it merged into
+    return (model.norm(x) * size).sum(1) / size.sum(1)
+
+
+def sttm(model: Any, clip: Tensor, forced: Tensor | None = None, chosen: list[Tensor] | None = None) -> Tensor:  # -> [B, C]
+    """Our formulas, which no authors have published, as matrix products and softmax. Hard: ``forced`` and ``chosen`` are the meta tokens
+    [B, T, N] that tokens go to.
+    """
+    stage, before = model.merger, model.config.layer
+    x = model.embed(clip)
+    for block in model.blocks[:before]:
+        x = vit_block(block, x)
+    x = x.unflatten(1, (stage.frames, -1))
+    metric = stage.metric(stage.norm(x))
+    z = stage.score(stage.norm(x)).flatten(1, 2).softmax(1).mT @ x.flatten(1, 2)
+    unit, wanted = F.normalize(metric, dim=-1), F.normalize(stage.metric(stage.norm(z)), dim=-1)[:, None]
+    logits = unit @ wanted.mT / stage.log_temperature.exp()
+    if stage.mode == "soft":
+        assigned = logits.softmax(-1)
+    else:
+        meta = logits.argmax(-1) if forced is None else forced.long()
+        assigned = F.one_hot(meta, stage.meta_tokens).to(x)
+        if chosen is not None:
+            chosen.append(meta)
+
+    # [B, windows, frames of a window, M, ...] from here
+    mass = assigned.sum(2)
+    safe, windows = mass.clamp(min=1e-12)[..., None], (stage.windows, -1)
+    y, centre = assigned.mT @ x / safe, assigned.mT @ model.places / safe
+    like = (F.normalize(stage.metric(y), dim=-1) * wanted).sum(-1) / stage.log_temperature.exp()
+    y, centre, mass, weight = (part.unflatten(1, windows) for part in (y, centre, mass, mass * like.exp()))
+    total = mass.sum(2)
+    fused = (weight[..., None] * y).sum(2) / weight.sum(2).clamp(min=1e-12)[..., None]
+    place = (mass[..., None] * centre).sum(2) / total.clamp(min=1e-12)[..., None]
+    centre = torch.where(mass[..., None] > 0.0, centre, place[:, :, None])
+    path = torch.cat([centre.transpose(2, 3).flatten(3), centre[:, :, -1] - centre[:, :, 0]], -1)
+    rows = (fused + stage.motion(path)).flatten(1, 2)
+    for block in model.blocks[before:]:
+        rows = vit_block(block, rows, total.flatten(1).log()[:, None, None])
+    rows = rows.unflatten(1, (stage.windows, -1)).repeat_interleave(stage.frames // stage.windows, 1)
+    return model.norm(assigned @ rows).mean((1, 2))
 
 
 # weights

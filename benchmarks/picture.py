@@ -27,6 +27,7 @@ PLACE = 0.3
 CONSTANT = 3.0
 
 SHOWN = 4  # frames in a row
+TINT = 0.4  # how much of a patch is the colour of its group
 DIMMED = 0.3  # how bright tokens are that were not sent on
 
 
@@ -103,6 +104,15 @@ def shaded(image: Tensor, share: Tensor, title: str) -> Panel:  # [height, width
     """An image whose patches are the darker the less there is of them, with lines between those that differ."""
     bright = F.interpolate((DIMMED + (1.0 - DIMMED) * share)[None, None], image.shape[:2], mode="nearest")[0, 0]
     return Panel(image * bright[..., None], share, title)
+
+
+def tinted(image: Tensor, member: Tensor, title: str) -> Panel:  # [height, width, 3], [rows, columns] int
+    """An image whose patches have the colours of their groups, the same in every picture, with lines between groups."""
+    # hues that follow each other by the golden ratio: neighbouring numbers are far apart, and no two alike
+    hue = (member.double() * 0.618034).frac()[..., None] * 6.0
+    colour = ((hue + torch.tensor([0.0, 4.0, 2.0])).remainder(6.0) - 3.0).abs().sub(1.0).clamp(0.0, 1.0).float()
+    wide = F.interpolate(colour.permute(2, 0, 1)[None], image.shape[:2], mode="nearest")[0].permute(1, 2, 0)
+    return Panel(image.mean(-1, keepdim=True) * (1.0 - TINT) + wide * TINT, member, title)
 
 
 def draw(panels: list[Panel], path: Path, title: str) -> None:

@@ -83,7 +83,6 @@ class EventfulBlock(Block):
         class_token: bool,
         policy: Policy,
         mode: str,
-        activation: str = "gelu",
     ) -> None:
         super().__init__(config.dim, config.heads, config.mlp_ratio, drop_path=config.drop_path_rate)
         if kind not in BLOCK_CLASSES:
@@ -97,7 +96,7 @@ class EventfulBlock(Block):
             )
         if config.matmul_2_cast not in (None, "float32", "float16", "bfloat16"):
             raise ValueError(f"matmul_2_cast must be None, 'float32', 'float16' or 'bfloat16', got {config.matmul_2_cast!r}")
-        self.kind, self.mode, self.config, self.grid, self.activation = kind, mode, config, grid, activation
+        self.kind, self.mode, self.config, self.grid = kind, mode, config, grid
         self.choice = choice_of(policy)
         self.window, self.pool, table = (_pair(size) for size in (config.window_size, config.pool_size, config.relative_embedding_size))
         if (self.window or self.pool or table) and (class_token or len(grid) != 2):
@@ -144,7 +143,7 @@ class EventfulBlock(Block):
         projection = _updated(old.projection, g2, (self.attn.proj,))
         # under autocast layers give a half type, and the sum is x's
         g3 = self._gate(self.drop_path(projection).to(x.dtype), old.mlp_reference, mlp_list, skip=x, **early[1])
-        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.activation, **late[1])
+        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.mlp.activation, **late[1])
         chosen = None if state is None else (g1.index, g2.index, g3.index)
         new = BlockState(g1.reference, qkv, attention, g2.reference, projection, g3.reference, mlp, tables, rel_pos, chosen)
         branch = self.drop_path(mlp)
