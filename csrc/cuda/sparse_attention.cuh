@@ -132,6 +132,19 @@ __device__ __forceinline__ Work find_work(int block, const int32_t* own_bounds, 
   return {static_cast<int>(min(max(first, static_cast<int64_t>(own.begin)), static_cast<int64_t>(own.end))), own, others, low == sequences};
 }
 
+// The largest number of a team's threads. `partial` is shared memory that is used once.
+template <int Warps>
+__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
+  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
+  if constexpr (Warps > 1) {
+    if (lane_id() == 0) partial[warp_id()] = number;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
+  }
+  return number;
+}
+
 // Rows of W numbers in shared memory, in pieces of 16 bytes that lie so that a read of one piece of eight neighbouring rows (ldmatrix's,
 // or eight lanes') meets every bank once: 16-bit numbers are swizzled; float rows have a piece to spare.
 template <class T, int W>

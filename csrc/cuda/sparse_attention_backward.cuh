@@ -65,20 +65,12 @@ struct BackwardShape {
     float own_bias[kOwnsKeys ? kRows : 1];
     int batch, head, piece, rank, other_begin;
     Span slots;
-    int partial[Warps];
+    int partial[2][Warps];
   };
   struct Shared {
     Team team[kTeams];
   };
 };
-
-template <class Shape, class Fold>
-__device__ __forceinline__ int fold_team(int value, typename Shape::Team& shared, Fold fold) {
-  if constexpr (Shape::kWarps == 1)
-    return fold_lanes(value, fold);
-  else
-    return fold_block(value, shared.partial, fold);
-}
 
 // The tiles of the other side that a team meets, one a step.
 template <class Shape>
@@ -166,7 +158,7 @@ __device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slo
       for (int slot = slots.begin + thread; slot < bound; slot += Shape::kTeam)
         if (list.row(slot, slots.end) >= extreme) bound = slot;
     }
-    return {fold_team<Shape>(bound, shared, [](int x, int y) { return min(x, y); }), slots.end};
+    return {-most_of_team(-bound, shared.partial[1]), slots.end};
   } else {
     if (p.packed() || !p.kv_index.data) return {slots.begin, min(slots.end, slots.begin + extreme + 1)};
     // of an ascending list this skips all the rest; of any list, nothing visible
@@ -176,7 +168,7 @@ __device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slo
       const int row = list.row(slot, slots.end);
       if (row >= 0 && row <= extreme) bound = slot + 1;
     }
-    return {slots.begin, fold_team<Shape>(bound, shared, [](int x, int y) { return max(x, y); })};
+    return {slots.begin, most_of_team(bound, shared.partial[1])};
   }
 }
 
@@ -233,7 +225,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   const SlotList own(kOwnsKeys ? p.kv_index : p.q_index, b, head, kOwnsKeys ? p.keys : p.rows);
   int extreme = kOwnsKeys ? INT32_MAX : -1;
   for (int i = thread; i < Shape::kRows; i += Shape::kTeam) {
-    const int slot = work.first + i, row = own.row(slot, work.own.end);
+    // padding names no row; without a list its rows are the last ones, whose gradients are zeros
+    const int slot = work.first + i, row = work.padding && own.ids ? -1 : own.row(slot, work.own.end);
     shared.rows[i] = row;
     if constexpr (kOwnsKeys)
       shared.own_bias[i] = p.bias && row >= 0 ? to_log2(p.bias[b * p.bias_batch + head * p.bias_head + row * p.bias_row]) : 0.0f;
@@ -242,7 +235,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   }
   Span slots = work.others;
   if (p.causal && !kRelPos) {
-    extreme = fold_team<Shape>(extreme, shared, [](int x, int y) { return kOwnsKeys ? min(x, y) : max(x, y); });
+    extreme = kOwnsKeys ? -most_of_team(-extreme, shared.partial[0]) : most_of_team(extreme, shared.partial[0]);
     slots = causal_slots<Shape>(p, slots, b, head, extreme, shared, thread);
   }
   if (thread == 0) {

@@ -50,19 +50,6 @@ struct ForwardShape {
   };
 };
 
-// The largest number of a team's threads. `partial` is shared memory that is used once.
-template <int Warps>
-__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
-  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
-  if constexpr (Warps > 1) {
-    if (lane_id() == 0) partial[warp_id()] = number;
-    __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
-  }
-  return number;
-}
-
 // The keys that a block of queries meets, tile by tile. It is told the head each time: pointers kept through the loop over tiles would
 // cost registers that the products need.
 template <class Shape>
