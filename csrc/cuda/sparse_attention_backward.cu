@@ -6,15 +6,17 @@ namespace tokenops {
 namespace {
 
 // How work is cut. None was chosen by time: that takes a GPU. A thread holds two tiles of logits and, of its rows, one or two sums as wide
-// as a head: 32 rows a warp, which read the other side from shared memory half as often, as long as that fits 255 registers.
+// as a head. What counted were registers (32 rows a warp, which read the other side from shared memory half as often, as long as nothing
+// spills), shared memory (two blocks beside each other on sm_80) and copies under way (three stages where they fit).
 template <class T, int W>
 struct BackwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr int kQueryTiles = kFloat || W == 128 ? 1 : 2, kKeyTiles = kFloat || W >= 96 ? 1 : 2;
+  static constexpr int kQueryTiles = W == 128 ? 1 : 2, kKeyTiles = W >= 96 ? 1 : 2;
   template <Gradient Of>
-  using Large = BackwardShape<T, W, Of, 4, Of == Gradient::query ? kQueryTiles : kKeyTiles, 32, kFloat || W == 128 ? 2 : 3, false>;
+  using Large = std::conditional_t<Of == Gradient::query, BackwardShape<T, W, Of, 4, kQueryTiles, 32, W == 128 ? 2 : 3, false>,
+                                   BackwardShape<T, W, Of, 4, kKeyTiles, W == 64 ? 16 : 32, W == 128 ? 2 : 3, false>>;
   template <Gradient Of>
-  using Small = BackwardShape<T, W, Of, 4, 1, 32, 2, true>;
+  using Full = BackwardShape<T, W, Of, 4, 1, 32, 2, true>;
   // one warp each: 8 to 16 frames
   template <Gradient Of>
   using Short = BackwardShape<T, W, Of, 1, 1, 16, 2, true>;
@@ -34,15 +36,22 @@ void launch_backward(const Tensor& on, BackwardArguments a, int64_t batch) {
 template <class T, int W, Gradient Of>
 void backward_of(const Tensor& on, const BackwardArguments& a, int64_t batch, int64_t own) {
   using Shapes = BackwardShapes<T, W>;
-  using Large = typename Shapes::template Large<Of>;
-  using Small = typename Shapes::template Small<Of>;
-  using Short = typename Shapes::template Short<Of>;
-  if (own <= Short::kRows) return launch_backward<Short>(on, a, batch);
-  // large blocks where two for each processor are left
-  const int64_t heads = batch * (Large::kOwnsKeys ? a.p.heads / a.p.group : a.p.heads);
-  const bool fills = (own + Large::kRows - 1) / Large::kRows * heads >= 2 * processors(on);
-  if (a.p.mask == Kind::none && a.p.rel == Kind::none && fills) return launch_backward<Large>(on, a, batch);
-  launch_backward<Small>(on, a, batch);
+  if (own > Shapes::template Short<Of>::kRows && a.p.mask == Kind::none && a.p.rel == Kind::none) {
+    // float's large blocks would hold as much as its full ones
+    if constexpr (!Shapes::kFloat) {
+      using Large = typename Shapes::template Large<Of>;
+      // where two for each processor are left
+      const int64_t heads = batch * (Large::kOwnsKeys ? a.p.heads / a.p.group : a.p.heads);
+      if ((own + Large::kRows - 1) / Large::kRows * heads >= 2 * processors(on)) return launch_backward<Large>(on, a, batch);
+    }
+  }
+  if constexpr (W == 96)
+    // only the products of large blocks gain by a width between 64 and 128
+    backward_of<T, 128, Of>(on, a, batch, own);
+  else if (own <= Shapes::template Short<Of>::kRows)
+    launch_backward<typename Shapes::template Short<Of>>(on, a, batch);
+  else
+    launch_backward<typename Shapes::template Full<Of>>(on, a, batch);
 }
 
 template <class T>
@@ -133,8 +142,8 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
   }
   with_float("query", query, [&](auto number) {
     with_width(p, [&](auto width) {
-      using Shape = BackwardShape<decltype(number), decltype(width)::value, Gradient::rel_pos, 4, 1, kRelPosColumns, 2, true>;
-      launch_backward<Shape>(query, a, batch);
+      constexpr int W = decltype(width)::value == 96 ? 128 : decltype(width)::value;
+      launch_backward<BackwardShape<decltype(number), W, Gradient::rel_pos, 4, 1, kRelPosColumns, 2, true>>(query, a, batch);
     });
   });
 }

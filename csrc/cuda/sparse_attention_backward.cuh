@@ -86,9 +86,7 @@ struct OtherTiles {
     return (shared.slots.end - shared.slots.begin + Shape::kKeys - 1) / Shape::kKeys * (kOwnsKeys ? a.p.group : 1);
   }
   // one loop over the tiles of all query heads of a group: a loop around a loop would drain the pipeline every turn
-  __device__ __forceinline__ int query_head(int step) const {
-    return kOwnsKeys ? shared.head * a.p.group + step % a.p.group : shared.head;
-  }
+  __device__ __forceinline__ int query_head(int step) const { return kOwnsKeys ? shared.head * a.p.group + step % a.p.group : shared.head; }
   __device__ __forceinline__ Span tile(int step) const {
     if constexpr (Shape::kOf == Gradient::rel_pos) {
       const int column = shared.piece * Shape::kKeys, first = shared.slots.begin + step * a.p.rel_width + column;
@@ -217,9 +215,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   int block = number / a.pieces % a.blocks;
   // the longest blocks start first: early keys are seen by most queries, and late queries see most keys
   if (!kOwnsKeys && p.causal && !p.packed()) block = a.blocks - 1 - block;
-  const Work work = kOwnsKeys
-                        ? find_work<Shape::kRows>(block, p.cu_seqlens_k, p.key_slots, p.cu_seqlens_q, p.query_slots, p.sequences)
-                        : find_work<Shape::kRows>(block, p.cu_seqlens_q, p.query_slots, p.cu_seqlens_k, p.key_slots, p.sequences);
+  const Work work = kOwnsKeys ? find_work<Shape::kRows>(block, p.cu_seqlens_k, p.key_slots, p.cu_seqlens_q, p.query_slots, p.sequences)
+                              : find_work<Shape::kRows>(block, p.cu_seqlens_q, p.query_slots, p.cu_seqlens_k, p.key_slots, p.sequences);
   if (work.empty()) return;
 
   const SlotList own(kOwnsKeys ? p.kv_index : p.q_index, b, head, kOwnsKeys ? p.keys : p.rows);
@@ -420,7 +417,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
         scores.store_row(r, 1.0f);
         const float sum = sum_lanes<P::kLanes>(of_key[r]);
         const int row = rows[scores.row(r)];
-        if (a.grad_bias && row >= 0 && lane_id() % P::kLanes == 0) a.grad_bias[(batch * (p.heads / p.group) + of_head) * p.keys + row] = sum;
+        if (a.grad_bias && row >= 0 && lane_id() % P::kLanes == 0)
+          a.grad_bias[(batch * (p.heads / p.group) + of_head) * p.keys + row] = sum;
       }
     }
     __syncwarp();

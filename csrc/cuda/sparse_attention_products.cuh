@@ -7,9 +7,9 @@
 namespace tokenops {
 namespace {
 
-// `Shape` has a number type, a padded head width, rows of a warp in sixteens, keys of a tile and the pitch of weights. `query` are the warp's
-// rows in shared memory, `weights` room for its weights. The backward pass has such products too, its "queries" and "keys" may be the keys
-// and queries of the problem.
+// `Shape` has a number type, a padded head width, rows of a warp in sixteens, keys of a tile and the pitch of weights. `query` are the
+// warp's rows in shared memory, `weights` room for its weights. The backward pass has such products too, its "queries" and "keys" may be
+// the keys and queries of the problem.
 template <class Shape, class T = typename Shape::T>
 struct Products {
   using Tile = TileRows<T, Shape::kWidth>;
