@@ -279,7 +279,7 @@ def _memory_words(touched: int) -> str:
     type=click.Choice(["small", "published"]),
     default="small",
     show_default=True,
-    help="small: a minute in all; published: the papers' widths, some minutes (of ViTDet three blocks).",
+    help="small: some minutes in all, and curves over settings; published: the papers' sizes, many minutes (of ViTDet a few blocks).",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every contender.  [default: torch's own]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")

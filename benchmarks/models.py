@@ -8,6 +8,7 @@ are the published one and the choices made, is what must vanish.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -108,9 +109,9 @@ def _cases() -> Iterator[Case]:
     pools = {"pool_layers": (1, 3, 5), "pools": (TopKStd(2),) * 3}
     yield compact("C-VidTr-small", VidTrConfig(**sizes, **pools), VidTrConfig(**sizes), **small)
 
-    width: dict[str, Any] = {"dim": 192, "depth": 8, "num_heads": 3}
-    yield merging("STTM-small", "sttm", MergingConfig(**width, layer=4, mode="hard"), **small)
-    yield merging("ToMe-small-r150", "tome", MergingConfig(**width, r=150), **small)
+    width: dict[str, Any] = {"dim": 192, "depth": 8, "num_heads": 3, "frames": 8}
+    yield merging("STTM-small", "sttm", MergingConfig(**width, layer=4, windows=2, mode="hard"), **small)
+    yield merging("ToMe-small-r75", "tome", MergingConfig(**width, r=75), **small)
 
     yield halting("HaltingVT-S-G0.5", HaltingVT.PRESETS["minik_g05_beta20"], start=3.0, drift=0.15)
     # of 12 layers each third is global: three of them take a third of the time
@@ -134,6 +135,38 @@ def _cases() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
+
+
+def setting(case: Case) -> str:
+    """In words, what says how much a model leaves out."""
+    config = case.config
+    words = {
+        "haltingvt": lambda: f"keep {config.keep_rate[-1]:g}",
+        "eventful": lambda: f"k {case.k}",
+        "vidtr": lambda: f"drop {sum(pool.drop for pool in config.pools)}",
+        "sttm": lambda: f"M {config.meta_tokens}",
+        "tome": lambda: f"r {config.r}",
+    }
+    return words[case.model]()
+
+
+def other_settings(case: Case) -> list[Case]:
+    """The model leaving out less and more."""
+    config = case.config
+    if case.model == "haltingvt":
+        first = config.keep_rate[:-1]
+        return [case._replace(config=config._replace(keep_rate=(*first, rate))) for rate in (0.25, 0.75) if rate != config.keep_rate[-1]]
+    if case.model == "eventful":
+        return [case._replace(k=k) for k in (case.k // 4, case.k // 2, 2 * case.k)]
+    if case.model == "vidtr":
+        drops = [pool.drop for pool in config.pools]
+        wanted = [[drop - 1 for drop in drops], [*drops[:-1], drops[-1] - 1], [*drops[:-1], drops[-1] + 1]]
+        possible = [some for some in wanted if min(some) > 0 and sum(some) < config.frames]
+        pools = [tuple(pool._replace(drop=drop) for pool, drop in zip(config.pools, some, strict=True)) for some in possible]
+        return [case._replace(config=replace(config, pools=each)) for each in pools]
+    if case.model == "sttm":
+        return [case._replace(config=config._replace(meta_tokens=config.meta_tokens * n // 4)) for n in (1, 2, 8)]
+    return [case._replace(config=config._replace(r=config.r * n // 3)) for n in (1, 2, 4)]
 
 
 class Report(NamedTuple):

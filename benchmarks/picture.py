@@ -14,8 +14,7 @@ from torch import Tensor
 import tokenops
 from tokenops.types import MergePlan
 
-from . import video
-from .chart import ChartError
+from . import chart, video
 from .delta_matmul import NOTICED
 
 PATCH = 8  # pixels: 28 x 28 tokens, small enough for clusters to have shapes
@@ -116,14 +115,9 @@ def tinted(image: Tensor, member: Tensor, title: str) -> Panel:  # [height, widt
 
 
 def draw(panels: list[Panel], path: Path, title: str) -> None:
-    try:
-        import matplotlib
+    plt = chart.pyplot("a picture")
+    from matplotlib.collections import LineCollection
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.collections import LineCollection
-    except ImportError:
-        raise ChartError("a picture needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.7), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         rows, columns = panel.image.shape[:2] if panel.member is None else panel.member.shape
@@ -133,12 +127,7 @@ def draw(panels: list[Panel], path: Path, title: str) -> None:
         axis.set_title(panel.title, fontsize=10)
         axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ChartError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        plt.close(figure)
+    chart.save(figure, path)
 
 
 def borders(member: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -33,7 +33,7 @@ KERNELS = HERE.parent / "csrc" / "cuda"
 # of threads and blocks: ascending, descending, shuffled
 ORDERS = (0, 1, 2)
 # how many random calls a kernel without a barrier gets to show it
-EXAMPLES = 60
+EXAMPLES = 100
 # seconds for them; they take a few
 PATIENCE = 120
 

@@ -15,7 +15,7 @@ pytest.importorskip("av", reason="the benchmark's extra is not installed")
 from click.testing import CliRunner
 
 from tokenops.benchmarks import __main__ as cli
-from tokenops.benchmarks import allocator, harness, models, models_plain, models_subject, picture, video
+from tokenops.benchmarks import allocator, chart, demo, harness, models, models_plain, models_subject, picture, video
 from tokenops.benchmarks.models_merging import MergingConfig
 from tokenops.models import BackboneConfig, HaltingConfig, VidTrConfig, ViTDetConfig
 from tokenops.models.vidtr import TopKStd
@@ -201,6 +201,17 @@ def test_a_panel_is_as_bright_as_its_share() -> None:
     torch.testing.assert_close(panel.image, want[..., None].expand(-1, -1, 3))
 
 
+def test_settings_leave_out_less_and_more() -> None:
+    for case in models.CASES:
+        if case.small:
+            words = [models.setting(each) for each in (case, *models.other_settings(case))]
+            assert len(set(words)) == len(words) >= 3, words
+            # nothing else changes
+            assert {each.name for each in models.other_settings(case)} == {case.name}
+    tome = next(models.other_settings(case) for case in models.CASES if case.name == "ToMe-small-r75")
+    assert [each.config.flops().total for each in tome] == sorted((each.config.flops().total for each in tome), reverse=True)
+
+
 def test_real_cases_cover_the_models_in_both_sizes() -> None:
     ids = [harness.case_id(case) for case in models.CASES]
     assert len(set(ids)) == len(ids)
@@ -228,14 +239,23 @@ def test_bench_of_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_models")
-def test_demo_prints_tables_and_writes_pictures(tmp_path: Path) -> None:
+def test_demo_prints_tables_and_writes_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others, drawn = models.other_settings, []
+    monkeypatch.setattr(models, "other_settings", lambda case: others(case)[:1])
+    monkeypatch.setattr(demo, "draw_curves", lambda curves, *rest: (drawn.append(curves), chart.draw_curves(curves, *rest)))
     done = invoke("demo", "--seconds", "0.01", "--pictures", tmp_path)
     assert done.exit_code == 0, done.output
     for case in CASES.values():
         assert re.search(rf"^{case.name} ", done.output, re.MULTILINE)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"{case.name}-{name}.png" for case in CASES.values() for name in models.TITLES[case.model]
-    }
+    pictures = {f"{case.name}-{name}.png" for case in CASES.values() for name in models.TITLES[case.model]}
+    assert {path.name for path in tmp_path.iterdir()} == {*pictures, demo.CURVES}
+    assert list(drawn[0]) == [case.name for case in CASES.values()]
+    for case, points in zip(CASES.values(), drawn[0].values(), strict=True):
+        assert [point.setting for point in points] == [models.setting(case), models.setting(others(case)[0])]
+        for point in points:
+            assert 0.0 < point.operations < 1.0, point
+            assert point.time > 0.0, point
+            assert point.difference > 0.0, point
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     # ours, and how it stands to both dense twins
     rows = re.findall(

@@ -29,6 +29,10 @@ struct Products {
   __device__ __forceinline__ int row(int r) const { return r / 2 * 16 + lane / 4 + r % 2 * 8; }
   __device__ __forceinline__ int key(int k) const { return k / 2 * 8 + lane % 4 * 2 + k % 2; }
   __device__ __forceinline__ float& logit(int r, int k) { return logits[r / 2][k / 2][r % 2 * 2 + k % 2]; }
+  // columns that a thread has sums of
+  static constexpr int kColumns = W / 4;
+  __device__ __forceinline__ int column(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ float& sum(int r, int i) { return sums[r / 2][i / 2][r % 2 * 2 + i % 2]; }
 
   // the warp's queries have arrived
   __device__ __forceinline__ void start() {
