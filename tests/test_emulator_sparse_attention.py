@@ -31,10 +31,18 @@ def check_forward(call: Call) -> tuple[Tensor, ...]:
     return got.out, got.lse, got.row_sq, alone, aux.lse
 
 
-# short sequences have kernels of their own, and so have long ones
+def check_gradients(call: Call) -> tuple[Tensor, ...]:
+    got = dense.matches(call, "cuda", "cpu")
+    return got.out, *got.grads.values()
+
+
+# short sequences have kernels of their own, and so have long ones and few queries of many keys
 RANDOM_CALLS = {
-    "grids": RandomCalls(st.one_of(dense.calls(32, 128), dense.calls(300, 128)), check_forward),
+    "grids": RandomCalls(st.one_of(dense.calls(32, 80, 128), dense.calls(300, 80, 128)), check_forward),
+    "few queries": RandomCalls(dense.calls(16, 300, 128), check_forward),
     "packed sequences": RandomCalls(varlen.packed_calls(), check_forward),
+    "gradients of grids": RandomCalls(st.one_of(dense.calls(32, 80, 128), dense.calls(300, 80, 128)), check_gradients),
+    "gradients of packed sequences": RandomCalls(varlen.packed_calls(), check_gradients),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from cases import CASES, Call, Case, as_bshd, build, with_bias, with_mask, with_rel_pos
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import DIFFERENTIABLE, assert_close, assert_right, assert_same_bits, computed, expected, problem_of
+from oracle import DIFFERENTIABLE, Results, assert_close, assert_right, assert_same_bits, computed, expected, problem_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -443,10 +443,10 @@ LAYOUTS = ("dense", "BSHD", "expanded batch", "expanded heads", "offset")
 
 
 @st.composite
-def calls(draw: st.DrawFn, most_rows: int = 80, widest: int = 96) -> Call:
+def calls(draw: st.DrawFn, most_rows: int = 80, most_columns: int = 80, widest: int = 96) -> Call:
     batch, group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = group * kv_heads
-    rows, columns = draw(st.integers(1, most_rows)), draw(st.integers(1, 80))
+    rows, columns = draw(st.integers(1, most_rows)), draw(st.integers(1, most_columns))
     width, value_width = 8 * draw(st.integers(1, widest // 8)), 8 * draw(st.integers(1, widest // 8))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -502,7 +502,7 @@ def calls(draw: st.DrawFn, most_rows: int = 80, widest: int = 96) -> Call:
     return call
 
 
-def matches(call: Call, backend: str, device: str) -> None:
+def matches(call: Call, backend: str, device: str) -> Results:
     call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
     grad_out = torch.randn(expected(call, None).out.shape, generator=torch.Generator().manual_seed(1)).to(device, call["query"].dtype)
     want = expected(call, grad_out)
@@ -511,7 +511,7 @@ def matches(call: Call, backend: str, device: str) -> None:
     assume(not visible.any() or want.row_sq[visible].mean() < 0.6)
     # the same of a term that all visible keys of a query share
     assume(all(want.grads[name].norm() > 1e-2 for name in ("rel_h", "rel_w") if name in want.grads and visible.any()))
-    assert_right(call, backend, grad_out)
+    return assert_right(call, backend, grad_out)
 
 
 @settings(max_examples=150)

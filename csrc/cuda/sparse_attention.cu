@@ -24,9 +24,11 @@ struct ForwardShapes {
   using Large = ForwardShape<T, W, 4, 2, kFloat || W >= 96 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
   using Small = ForwardShape<T, W, 4, 1, 64, 2, false>;
   using Full = ForwardShape<T, W, 4, 1, kKeys, 2, true>;
-  // one warp each: 8 to 32 frames, or a class token that alone looks at many keys
+  // one warp each: 8 to 32 frames
   using Short = ForwardShape<T, W, 1, 2, 16, 3, true>;
   using Shortest = ForwardShape<T, W, 1, 1, 16, 2, true>;
+  // four warps for the same few queries: a class token that alone looks at many keys
+  using Few = ForwardShape<T, W, 4, 1, 64, 2, false, true>;
 };
 
 // `queries`: slots that a head or sequence has at most
@@ -38,6 +40,9 @@ void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch
     // only the products of long sequences gain by a width between 64 and 128
     if (Shapes::kFloat || full || queries <= Shapes::Shortest::kRows) return forward_of_width<T, 128>(on, a, batch, queries);
   } else {
+    if constexpr (Shapes::kHasSmall)
+      if (queries <= Shapes::Few::kRows && !full && a.p.key_slots > Shapes::Few::kTileKeys)
+        return launch_forward<typename Shapes::Few>(on, a, batch);
     if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
     if constexpr (Shapes::kHasShort)
       if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);

@@ -132,6 +132,19 @@ __device__ __forceinline__ Work find_work(int block, const int32_t* own_bounds, 
   return {static_cast<int>(min(max(first, static_cast<int64_t>(own.begin)), static_cast<int64_t>(own.end))), own, others, low == sequences};
 }
 
+// The largest number of a team's threads. `partial` is shared memory that is used once.
+template <int Warps>
+__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
+  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
+  if constexpr (Warps > 1) {
+    if (lane_id() == 0) partial[warp_id()] = number;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
+  }
+  return number;
+}
+
 // Rows of W numbers in shared memory, in pieces of 16 bytes that lie so that a read of one piece of eight neighbouring rows (ldmatrix's,
 // or eight lanes') meets every bank once: 16-bit numbers are swizzled; float rows have a piece to spare.
 template <class T, int W>
@@ -150,10 +163,11 @@ struct TileRows {
 };
 
 // Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
-// `width` numbers of a row. A grid that is not aligned is copied at once.
+// `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is
+// copied at once.
 template <int Rows, int W, int Threads, class T>
 __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
-                                          int thread) {
+                                          int thread, int first_slot = -1) {
   using Tile = TileRows<T, W>;
 #pragma unroll
   for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
@@ -161,7 +175,7 @@ __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride
     if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
     const int id = ids[r];
     const bool valid = names(id, rows) && piece * Tile::kPiece < width;
-    const T* from = valid ? grid + id * stride + piece * Tile::kPiece : grid;
+    const T* from = valid ? grid + (first_slot < 0 ? id : first_slot + r) * stride + piece * Tile::kPiece : grid;
     T* to = tile + Tile::at(r, piece);
     if (aligned) {
       cp_async_16(to, from, valid);

@@ -16,19 +16,21 @@ struct ForwardArguments {
   int blocks;     // of a head
 };
 
-// How a kernel cuts its work. Several teams of one warp share a thread block, each with a head of its own; a larger team is a block.
-template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Full>
+// How a kernel cuts its work. Several teams of one warp share a thread block, each with a head of its own; a larger team is a block. Its
+// warps share out the rows or, where Split, the keys of a tile.
+template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Full, bool Split = false>
 struct ForwardShape {
   using T = Number;
   static constexpr int kWidth = Width;  // of heads, padded
   static constexpr int kWarps = Warps, kTeam = Warps * kWarp;
-  static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // of queries
-  static constexpr int kKeys = Keys, kStages = Stages;                                              // keys of a tile, tiles in flight
-  static constexpr bool kFull = Full;  // attn_mask, rel_pos and row_sq are served
+  static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = (Split ? 1 : Warps) * kWarpRows;  // of queries
+  static constexpr int kTileKeys = Keys, kKeys = Split ? Keys / Warps : Keys, kStages = Stages;  // of a tile, a warp's; tiles in flight
+  static constexpr bool kSplit = Split, kFull = Full;                                            // attn_mask, rel_pos and row_sq are served
   // tiles whose ids are known: rows are copied kStages - 1 tiles ahead, and their ids as far ahead of those
   static constexpr int kIdTiles = 2 * kStages - 1;
   // what a mask adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
   static constexpr int kWeightPitch = Keys + 8;
+  static constexpr bool kHoldQuery = RowTiles * Width <= 128;
 
   struct Team {
     alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
@@ -40,6 +42,7 @@ struct ForwardShape {
     // whose rows these are, for later
     int batch, head, first, end;
     int partial[2][Warps];
+    float highest[Split ? Warps : 1][kWarpRows], total[Split ? Warps : 1][kWarpRows];
   };
   // what fits a block of any architecture
   static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
@@ -48,19 +51,6 @@ struct ForwardShape {
     Team team[kTeams];
   };
 };
-
-// The largest number of a team's threads. `partial` is shared memory that is used once.
-template <int Warps>
-__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
-  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
-  if constexpr (Warps > 1) {
-    if (lane_id() == 0) partial[warp_id()] = number;
-    __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
-  }
-  return number;
-}
 
 // The keys that a block of queries meets, tile by tile. It is told the head each time: pointers kept through the loop over tiles would
 // cost registers that the products need.
@@ -72,30 +62,75 @@ struct KeyTiles {
   const Span slots;
   const int thread;
 
-  __device__ __forceinline__ int count() const { return (slots.end - slots.begin + Shape::kKeys - 1) / Shape::kKeys; }
+  __device__ __forceinline__ int count() const { return (slots.end - slots.begin + Shape::kTileKeys - 1) / Shape::kTileKeys; }
   __device__ __forceinline__ int32_t* ids(int tile) const { return shared.ids[tile % Shape::kIdTiles]; }
 
   __device__ __forceinline__ void start_ids(int tile, int64_t b, int kv_head) const {
     const SlotList list(p.kv_index, b, kv_head, p.keys);
-    copy_ids<Shape::kKeys, Shape::kTeam>(ids(tile), list, slots.begin + tile * Shape::kKeys, slots.end, thread);
+    copy_ids<Shape::kTileKeys, Shape::kTeam>(ids(tile), list, slots.begin + tile * Shape::kTileKeys, slots.end, thread);
   }
   // its ids have arrived
   __device__ __forceinline__ void start_rows(int tile, int64_t b, int kv_head) const {
     if (tile >= count()) return;
     const int stage = tile % Shape::kStages;
     const int32_t* rows = ids(tile);
-    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width, p.aligned, rows,
-                                                         p.keys, thread);
-    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width,
-                                                         p.aligned, rows, p.keys, thread);
+    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width, p.aligned,
+                                                             rows, p.keys, thread);
+    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width,
+                                                             p.aligned, rows, p.keys, thread);
     if (!p.bias) return;
     const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
-    for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
+    for (int i = thread; i < Shape::kTileKeys; i += Shape::kTeam) {
       const bool valid = names(rows[i], p.keys);
       cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
     }
   }
 };
+
+// Where warps share out the keys, the first is given what all of them found, in one order; it alone goes on.
+template <class Shape>
+__device__ __forceinline__ bool join_warps(typename Shape::Team& shared, Products<Shape>& products, int warp,
+                                           float (&highest)[Products<Shape>::kRows], float (&total)[Products<Shape>::kRows]) {
+  using P = Products<Shape>;
+  constexpr int kPitch = Shape::kWidth + 8, kOther = Shape::kWarpRows * kPitch;
+  const bool leads = lane_id() % P::kLanes == 0;
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    const float sum = sum_lanes<P::kLanes>(total[r]);
+    if (!leads) continue;
+    shared.highest[warp][products.row(r)] = highest[r];
+    shared.total[warp][products.row(r)] = sum;
+  }
+  __syncthreads();
+  // nobody needs the keys any more
+  static_assert((Shape::kWarps - 1) * kOther * sizeof(float) <= sizeof(shared.key));
+  float* const others = reinterpret_cast<float*>(shared.key);
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    const int row = products.row(r);
+    float above = -kInfinity, sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) above = fmaxf(above, shared.highest[w][row]);
+    const float origin = above == -kInfinity ? 0.0f : above;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) sum += shared.total[w][row] * exp2_fast(shared.highest[w][row] - origin);
+    products.scale_row(r, exp2_fast(highest[r] - origin));
+    highest[r] = above;
+    // of the lanes that share the row
+    total[r] = leads ? sum : 0.0f;
+    if (warp > 0)
+#pragma unroll
+      for (int i = 0; i < P::kColumns; ++i) others[(warp - 1) * kOther + row * kPitch + products.column(i)] = products.sum(r, i);
+  }
+  __syncthreads();
+  if (warp > 0) return false;
+  for (int w = 0; w < Shape::kWarps - 1; ++w)
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < P::kColumns; ++i) products.sum(r, i) += others[w * kOther + products.row(r) * kPitch + products.column(i)];
+  return true;
+}
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardArguments a) {
@@ -127,7 +162,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   if (p.causal) {
     last = most_of_team(last, shared.partial[0]);
     if (p.packed() || !p.kv_index.data) {
-      keys.end = min(keys.end, keys.begin + last + 1);
+      keys.end = keys.begin + min(keys.end - keys.begin, last + 1);
     } else {
       // of an ascending list this skips all the rest; of any list, nothing visible
       const SlotList list(p.kv_index, b, h / p.group, p.keys);
@@ -164,8 +199,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
     cp_async_commit();
   }
 
-  P products(shared, warp);
-  const int first = warp * Shape::kWarpRows;  // of the team's rows
+  // a warp's share of the team's rows, and of the keys of a tile
+  const int share = Shape::kSplit ? 0 : warp, first = share * Shape::kWarpRows, part = Shape::kSplit ? warp * Shape::kKeys : 0;
+  P products(shared.query + first * Tile::kPitch, shared.weights + (sizeof(T) == 4 ? first * Shape::kWeightPitch : 0));
   // the sums are of this lane's keys
   float highest[P::kRows], total[P::kRows], squares[P::kRows];
 #pragma unroll
@@ -190,14 +226,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
     // rows behind the end: this warp only helps to copy
     if (!busy) continue;
     if (tile == 0) products.start();
-    products.multiply_keys(shared.key[tile % Shape::kStages]);
+    products.multiply_keys(shared.key[tile % Shape::kStages] + part * Tile::kPitch);
 
-    const int32_t* ids = tiles.ids(tile);
-    const int rank = tile * Shape::kKeys;
+    const int32_t* ids = tiles.ids(tile) + part;
+    const int rank = tile * Shape::kTileKeys + part;
     if (has_terms) {
 #pragma unroll
       for (int k = 0; k < P::kKeys; ++k) {
-        const float bias = p.bias ? to_log2(shared.bias[tile % Shape::kStages][products.key(k)]) : 0.0f;
+        const float bias = p.bias ? to_log2(shared.bias[tile % Shape::kStages][part + products.key(k)]) : 0.0f;
 #pragma unroll
         for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = products.logit(r, k) * p.scale + bias;
       }
@@ -269,10 +305,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
 #pragma unroll
       for (int r = 0; r < P::kRows; ++r) products.scale_row(r, shrink[r]);
     }
-    products.multiply_values(shared.value[tile % Shape::kStages]);
+    products.multiply_values(shared.value[tile % Shape::kStages] + part * Tile::kPitch);
   }
-  // for ids that no tile needed
-  cp_async_wait<0>();
+  // no copy is under way: none was started for what lies behind the last tile
+  if constexpr (Shape::kSplit) {
+    if (!join_warps<Shape>(shared, products, warp, highest, total)) return;
+  }
 
 #pragma unroll
   for (int r = 0; r < P::kRows; ++r) {

@@ -7,13 +7,15 @@
 namespace tokenops {
 namespace {
 
-// `Shape` is a ForwardShape. `query` are the warp's rows in shared memory.
+// `Shape` has a number type, a padded head width, rows of a warp in sixteens, keys of a tile and the pitch of weights. `query` are the
+// warp's rows in shared memory, `weights` room for its weights. The backward pass has such products too, its "queries" and "keys" may be
+// the keys and queries of the problem.
 template <class Shape, class T = typename Shape::T>
 struct Products {
   using Tile = TileRows<T, Shape::kWidth>;
   static constexpr int W = Shape::kWidth, kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kKeys / 8;
-  // larger ones are read again for every tile of keys
-  static constexpr bool kHoldQuery = kRowTiles * W <= 128;
+  // otherwise they are read again for every tile of keys
+  static constexpr bool kHoldQuery = Shape::kHoldQuery;
   // rows and keys that a thread has logits for, and lanes that share a row
   static constexpr int kRows = 2 * kRowTiles, kKeys = 2 * kKeyTiles, kLanes = 4;
 
@@ -22,12 +24,15 @@ struct Products {
   uint32_t held[kRowTiles][kHoldQuery ? W / 16 : 1][4];
   float logits[kRowTiles][kKeyTiles][4], sums[kRowTiles][W / 8][4] = {};
 
-  __device__ __forceinline__ Products(typename Shape::Team& shared, int warp)
-      : query(shared.query + warp * Shape::kWarpRows * Tile::kPitch) {}
+  __device__ __forceinline__ Products(T* query, float*) : query(query) {}
 
   __device__ __forceinline__ int row(int r) const { return r / 2 * 16 + lane / 4 + r % 2 * 8; }
   __device__ __forceinline__ int key(int k) const { return k / 2 * 8 + lane % 4 * 2 + k % 2; }
   __device__ __forceinline__ float& logit(int r, int k) { return logits[r / 2][k / 2][r % 2 * 2 + k % 2]; }
+  // columns that a thread has sums of
+  static constexpr int kColumns = W / 4;
+  __device__ __forceinline__ int column(int i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ float& sum(int r, int i) { return sums[r / 2][i / 2][r % 2 * 2 + i % 2]; }
 
   // the warp's queries have arrived
   __device__ __forceinline__ void start() {
@@ -125,8 +130,7 @@ struct Products<Shape, float> {
   const int lane = lane_id();
   float logits[kRows][kKeys], sums[kRows][kPieces][4] = {};
 
-  __device__ __forceinline__ Products(typename Shape::Team& shared, int warp)
-      : query(shared.query + warp * Shape::kWarpRows * Tile::kPitch), weights(shared.weights + warp * Shape::kWarpRows * kPitch) {}
+  __device__ __forceinline__ Products(float* query, float* weights) : query(query), weights(weights) {}
 
   __device__ __forceinline__ int row(int r) const { return lane / 8 + 4 * r; }
   __device__ __forceinline__ int key(int k) const { return lane % 8 + 8 * k; }

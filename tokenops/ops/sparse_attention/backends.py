@@ -31,6 +31,17 @@ _library.define(
 _library.define(
     f"sparse_attention_cuda_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, int most_queries, bool by_row) -> ()"
 )
+# implemented by csrc/cuda/sparse_attention_backward.cu; rows that no list names are zero already. grad_rel_h comes in parts [parts, B, Hq,
+# N, gh], one for each piece of a row of cells. row_terms [2, B, Hq, K] is room for what all kernels need of a query; cells [1|B, 1|Hkv, M]
+# int32, all -1, for the key list in the order of the grid, if rel_pos needs it.
+_library.define(
+    "sparse_attention_cuda_backward(Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_bias, "
+    "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!) row_terms, Tensor(h!)? cells, "
+    f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, int most_queries, int most_keys) -> ()"
+)
+
+# csrc/cuda/sparse_attention_backward.cuh, kRelPosColumns
+_REL_POS_COLUMNS = 32
 
 
 class NativeCPU(NamedTuple):
@@ -60,14 +71,46 @@ class NativeCUDA:
         mask = problem.attn_mask
         if mask is not None and mask.dtype == torch.float64:
             reasons.append("a float64 attn_mask is served by the reference only")
-        if any(name != "attn_mask" for name in needs):
-            reasons.append("the backward pass is not written yet")
         return reasons
 
     @staticmethod
     def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
-        most = lse.shape[2] if problem.max_seqlen_q is None else problem.max_seqlen_q
+        most, _ = _most_slots(problem, lse)
         torch.ops.tokenops.sparse_attention_cuda_forward.default(out, lse, row_sq, *_native_arguments(problem), most, by_row)
+
+    @staticmethod
+    def backward(problem: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grads: AttentionGradients) -> None:
+        grad_h, grad_w = grads.rel_h, grads.rel_w
+        of_query, of_key = (grads.query, grad_h, grad_w), (grads.key, grads.value, grads.kv_bias)
+        # a block owns the slots of a list, so it cannot know the rows that no slot names
+        for index, of_side in ((problem.q_index, of_query), (problem.kv_index, of_key)):
+            for grad in of_side:
+                if index is not None and grad is not None:
+                    grad.zero_()
+        # what all keys of a query have in common, its softmax does not know of
+        for grad in (grad_h, grad_w):
+            if grad is not None and grad.shape[3] == 1:
+                grad.zero_()
+        grad_h, grad_w = (None if grad is None or grad.shape[3] == 1 else grad for grad in (grad_h, grad_w))
+        cells = parts = None
+        if problem.kv_index is not None and problem.cu_seqlens_k is None and (grad_h is not None or grad_w is not None):
+            cells = problem.kv_index.new_full((*problem.kv_index.shape[:2], problem.key.shape[2]), -1)
+        if grad_h is not None and problem.rel_w is not None:
+            count = -(-problem.rel_w.shape[3] // _REL_POS_COLUMNS)
+            # what is added up is rounded once
+            parts = grad_h.unsqueeze(0) if count == 1 else grad_h.new_zeros((count, *grad_h.shape), dtype=torch.float32)
+        torch.ops.tokenops.sparse_attention_cuda_backward.default(
+            *(grads.query, grads.key, grads.value, grads.kv_bias, parts, grad_w, lse.new_empty((2, *lse.shape)), cells),
+            *(grad_out, out, lse.contiguous(), *_native_arguments(problem), *_most_slots(problem, lse)),
+        )
+        if parts is not None and grad_h is not None and parts.shape[0] > 1:
+            grad_h.copy_(parts.sum(0))
+
+
+def _most_slots(p: AttentionProblem, lse: Tensor) -> tuple[int, int]:
+    """How many queries and keys a head or packed sequence has at most, to choose a kernel by."""
+    keys = p.key.shape[2] if p.kv_index is None else p.kv_index.shape[2]
+    return lse.shape[2] if p.max_seqlen_q is None else p.max_seqlen_q, keys if p.max_seqlen_k is None else p.max_seqlen_k
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
