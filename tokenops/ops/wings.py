@@ -44,7 +44,7 @@ def backends(
 
     Args:
         native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one.
-        native_cuda: the backend of the CUDA C++ kernels. None: the room has none yet.
+        native_cuda: the backend of the CUDA C++ kernels; it may have objections of its own. None: the room has none yet.
         objections: called with the problem (a tensor, or a tuple that begins with one): what no compiled kernel serves.
     """
     return (
@@ -54,7 +54,7 @@ def backends(
             for isa in ("", "avx512_bf16", "avx512", "avx2", "generic")
         ),
         # behind those for the CPU, so that an emulator is never chosen unless it is named
-        Backend("cuda", native_cuda, partial(_cuda_objections, objections))
+        Backend("cuda", native_cuda, partial(_cuda_objections, native_cuda, objections))
         if native_cuda is not None
         else Backend("cuda", None, lambda *problem, **request: [f"{room} has no CUDA C++ kernels yet"]),
         Backend("reference", reference, lambda *problem, **request: []),
@@ -73,7 +73,7 @@ def _cpu_objections(isa: str, objections: Callable[..., list[str]], *problem: An
     return reasons + objections(*problem, **request)
 
 
-def _cuda_objections(objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:
+def _cuda_objections(native_cuda: Any, objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:
     reasons = []
     device = _device_of(problem)
     if device.type != native.CUDA_DEVICE:
@@ -82,7 +82,8 @@ def _cuda_objections(objections: Callable[..., list[str]], *problem: Any, **requ
         reasons.append(native.CUDA_ABSENT)
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reasons.append(f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {torch.cuda.get_device_capability(device)}")
-    return reasons + objections(*problem, **request)
+    own = getattr(native_cuda, "objections", lambda *_, **__: [])
+    return reasons + objections(*problem, **request) + own(*problem, **request)
 
 
 def _triton_objections(triton: Triton, objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:
