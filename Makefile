@@ -9,12 +9,18 @@ TRITON ?= 3.6.0
 TORCH_INDEX ?=
 # for pytest or the benchmark CLI: make test ARGS="-k dispatch"
 ARGS ?=
+# of gpu-test and gpu-bench; cpu rehearses them: make gpu-test gpu-bench DEVICE=cpu GPU_BENCH="--preset quick"
+DEVICE ?= cuda
+# what fits into three minutes, both GPU backends beside their rivals
+GPU_BENCH ?= --preset full --seconds 0.3 --backend triton --backend cuda $(addprefix --case ,large- per-sample- ragged- short- \
+  match-merge-N1569 soft-merge top-k halt-all attention-N4096 linear-N4096-K768)
 
 venv := $(or $(VENV),build/borrowed)
 environment := $(venv)/.ready-$(if $(VENV),torch$(TORCH)-triton$(TRITON),borrowed)
 python := $(venv)/bin/python
 pip := $(python) -m pip --quiet --disable-pip-version-check install
 library := build/.library
+results = benchmarks/results/$(if $(filter cpu,$(DEVICE)),rehearsal,$(shell $(python) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))'))
 export PATH := $(abspath $(venv)/bin):$(PATH)
 
 .PHONY: help test test-full bench gpu-check gpu-test gpu-bench sanitize lint lint-python lint-types lint-cpp format clean
@@ -25,8 +31,8 @@ help:
 	@echo "make bench       build, run the benchmark's quick preset on real video (3 minutes at most)"
 	@echo "make test-full   the long tests and the sanitizers too"
 	@echo "make sanitize    the C++ kernels under AddressSanitizer and UBSan"
-	@echo "make gpu-check   compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
-	@echo "make gpu-test    the tests on a GPU           make gpu-bench   the benchmark on a GPU"
+	@echo "make gpu-check   compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
+	@echo "make gpu-test    the tests on a GPU           make gpu-bench   the benchmark on a GPU (both: DEVICE=cpu rehearses)"
 	@echo "make lint        ruff, clang-format, mypy     make format      let them rewrite"
 
 # pinned tools, and the package in place; the library is built by the rule below, so that it is rebuilt when only csrc/ changes
@@ -69,14 +75,14 @@ bench: $(library)
 
 gpu-check: $(environment)
 	$(python) tests/gpu_check.py $(ARGS)
+	$(python) tests/cuda_check.py
 
 gpu-test: $(library)
-	TOKENOPS_TEST_DEVICE=cuda $(python) -m pytest $(ARGS)
+	$(python) tests/gpu_test.py --device $(DEVICE) $(ARGS)
 
 gpu-bench: $(library)
 	mkdir -p benchmarks/results
-	$(python) -m tokenops.benchmarks bench --device cuda --preset full $(ARGS) \
-	  --json "benchmarks/results/$$($(python) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+	$(python) -m tokenops.benchmarks bench --device $(DEVICE) $(GPU_BENCH) --chart $(results).png --json $(results).json
 
 cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

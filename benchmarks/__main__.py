@@ -216,7 +216,9 @@ def _print_dry(out: Console, room: str, case: Case, trial: harness.Trial) -> Non
     out.print(f"\n[bold]{case_id(case)}[/]  ({room}; {trial.cost.flops * 1e-9:.2f} GFLOP, {trial.cost.bytes * 1e-6:.1f} MB)")
     rows = [(contender.name, contender.objections, contender.note) for contender in trial.contenders]
     rows += [(f"backend {name}", objections, "") for name, objections in trial.backends.items()]
+    chosen = next((f"backend {name}" for name, objections in trial.backends.items() if not objections), None)
     for name, objections, note in rows:
+        note = "chosen where none is named" if name == chosen else note
         verdict = f"[yellow]no[/]   {'; '.join(objections)}" if objections else f"[green]yes[/]  {note}".rstrip()
         out.print(f"  {name:24}  {verdict}", soft_wrap=True)
 

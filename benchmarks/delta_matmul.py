@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenops
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
 from tokenops.ops import sparse_attention
 from tokenops.ops.delta_matmul import BACKENDS
 from tokenops.reference import delta_matmul as reference
@@ -124,8 +124,9 @@ def _serve(operation: str, problem: Any) -> Callable[[str | None], Backend]:
 
 
 def _objections(*problems: Any) -> dict[str, list[str]]:
-    """Of all of them, each once."""
-    return {backend.name: list(dict.fromkeys(reason for p in problems for reason in backend.objections(p))) for backend in BACKENDS}
+    """Of all of them, each once. Backends in the order of the first one's preference."""
+    backends = ranked(BACKENDS, problems[0])
+    return {backend.name: list(dict.fromkeys(reason for p in problems for reason in backend.objections(p))) for backend in backends}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:
@@ -320,7 +321,7 @@ def _windows(case: Case, request: Request) -> Trial:
         expected=lambda: tuple(out for grids in frames.grids[:CHECKED] for out in sdpa(*(x.double() for x in grids))),
         names=_frame_names(),
         cost=Cost(round(share * flops), round(share * 4 * frames.last[0].nbytes)),
-        backends={backend.name: backend.objections(problem) for backend in sparse_attention.BACKENDS},
+        backends={backend.name: backend.objections(problem) for backend in ranked(sparse_attention.BACKENDS, problem)},
         remark=f"{', '.join(map(str, dirty))} of {count} windows hold one of {', '.join(map(str, frames.counts))} changed tokens",
         dense=Dense(("SDPA", "tokenops, dense"), flops),
     )

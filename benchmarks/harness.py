@@ -103,7 +103,7 @@ class Trial(NamedTuple):
     expected: Callable[[], Results]  # the float64 reference
     names: Sequence[str]  # of the results: "out", "grad query", ...
     cost: Cost
-    backends: Mapping[str, Sequence[str]]  # of the package: name -> objections to this case
+    backends: Mapping[str, Sequence[str]]  # of the package, in order of preference: name -> objections to this case
     remark: str | Callable[[], str] = ""  # what the input is like, where that decides the result; called after the timing
     memory: bool = False  # report the memory of a call too
     dense: Dense | None = None  # report how much of the operations saved the clock shows

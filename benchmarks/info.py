@@ -12,6 +12,7 @@ from rich.console import Console
 
 import tokenops
 from tokenops import native
+from tokenops.ops import preference
 
 from .environment import PACKAGES, environment
 
@@ -44,6 +45,8 @@ def print_info(out: Console, rooms: list[ModuleType]) -> None:
     )
     for library, absent in LIBRARIES.items():
         _section(out, library, {"state": absent or "loaded", **(build_record(library) or {})})
+    preferences = {f"{room}: {rule.calls}": rule.backend for room, rules in preference.RULES.items() for rule in rules}
+    _section(out, f"on a GPU, where no backend is named ({preference.ORIGIN})", preferences)
     devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
     for room in rooms:
         name = room.__name__.rpartition(".")[2]

@@ -13,8 +13,8 @@ from tokenops import native
 
 from .harness import DTYPES, Clock, Cost
 
-GEMM = 2048  # rows, columns and depth
-COPY = 256 << 20  # bytes read, and as many written: far beyond any cache
+GEMM = {"cpu": 2048, "cuda": 8192}  # rows, columns and depth
+COPY = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes read, and as many written: far beyond any cache
 STEPS = 2_000_000  # of multiply-adds on every thread: longer than the turn of another process on the core
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
@@ -48,14 +48,17 @@ class Roof(NamedTuple):
 def measure_roof(device: str, dtypes: set[str], clock: Clock, seconds: float) -> Roof:
     """``seconds`` for each of the measurements, at least one try."""
     gemm, peak = {}, {}
+    kind = torch.device(device).type
+    rows, size = GEMM[kind], COPY[kind]
     for dtype in sorted(dtypes):
-        a, b, c = (torch.ones(GEMM, GEMM, dtype=DTYPES[dtype], device=device) for _ in range(3))
-        gemm[dtype] = 2 * GEMM**3 / _best(partial(torch.mm, a, b, out=c), clock, seconds)
-        if torch.device(device).type == "cpu" and not native.CPU_ABSENT:
+        # random: a GPU at its power limit multiplies ones faster than numbers
+        a, b, c = (torch.randn(rows, rows, device=device).to(DTYPES[dtype]) for _ in range(3))
+        gemm[dtype] = 2 * rows**3 / _best(partial(torch.mm, a, b, out=c), clock, seconds)
+        if kind == "cpu" and not native.CPU_ABSENT:
             peak[dtype] = _multiply_add_peak(dtype, clock, seconds)
-    source = torch.ones(COPY, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Roof(2 * COPY / _best(partial(target.copy_, source), clock, seconds), gemm, peak)
+    return Roof(2 * size / _best(partial(target.copy_, source), clock, seconds), gemm, peak)
 
 
 def _multiply_add_peak(dtype: str, clock: Clock, seconds: float) -> float:

@@ -6,16 +6,17 @@ given (the grid and an index, or rows compacted beforehand) and in what they may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokenops
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
 from tokenops.ops.sparse_attention.arguments import as_problem
 from tokenops.ops.sparse_attention.backends import BACKENDS
 from tokenops.reference import sparse_attention as reference
@@ -65,7 +66,13 @@ def _cases() -> Iterator[Case]:
     yield from variants(Case("per-sample-B8-N1569-K392", 8, 1569, 392, "sample"), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
     yield from variants(Case("log-size-B8-N1569-K392", 8, 1569, 392, "sample", bias=True), [], ["fp32 fwd", "bf16 fwd"])
     yield from variants(Case("wide-B1-N1569-K784-D128", 1, 1569, 784, heads=6, width=128), [], ["fp32 fwd", "bf16 fwd", "fp32 fwd+bwd"])
-    yield from variants(Case("large-B32-N1569-K392", 32, 1569, 392), [], ["bf16 fwd", "bf16 fwd+bwd"])
+    # what fills a GPU: kept tokens below and above the number from which arithmetic, not memory, bounds an H100
+    for kept in (392, 784, 1097):
+        yield from variants(Case(f"large-B32-N1569-K{kept}", 32, 1569, kept), [], ["bf16 fwd", "bf16 fwd+bwd"])
+    yield from variants(Case("large-B128-N197-K137", 128, 197, 137), [], ["bf16 fwd", "bf16 fwd+bwd"])
+    wide = Case("large-B4-N8192-K2048-D128", 4, 8192, 2048, heads=16, width=128)
+    yield from variants(wide, [], ["bf16 fwd", "bf16 fwd+bwd"])
+    yield from variants(Case("large-short-B6272-N8", 6272, 8, None, "none"), [], ["bf16 fwd", "bf16 fwd+bwd"])
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -183,7 +190,7 @@ def _needs(differentiate: bool, inputs: Inputs) -> tuple[str, ...]:
 
 
 def _objections(problem: AttentionProblem, needs: tuple[str, ...]) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(problem, needs=needs) for backend in BACKENDS}
+    return {backend.name: backend.objections(problem, needs=needs) for backend in ranked(BACKENDS, problem)}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:
@@ -307,12 +314,37 @@ def _gather_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
         return attention(take(query), take(key), take(value))
 
     yield Contender("gather + SDPA", bind(gather_attention, inputs.grids, inputs.grad_out, differentiate))
+    if inputs.query.is_cuda:
+        yield from _named_peers(gather_attention, inputs, differentiate)
     yield Contender(
         "compact once",
         bind(attention, [take(grid).contiguous() for grid in inputs.grids], inputs.grad_out, differentiate),
         canonical=lambda results: (results[0], *(_spread(grad, inputs) for grad in results[1:])),
         note="SDPA on rows compacted beforehand: neither the gather nor the way back to the grid is timed",
     )
+
+
+# SDPA's own choice on a GPU depends on its version: each of its kernels by name
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def _named_peers(gather_attention: Callable[..., Tensor], inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
+    for name, kernel in SDPA_KERNELS.items():
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, kernel: SDPBackend = kernel) -> Tensor:
+            with sdpa_kernel(kernel):
+                return gather_attention(query, key, value)
+
+        objections = []
+        if name != "efficient" and inputs.query.dtype == torch.float32:
+            objections.append("takes half types only")
+        if name == "flash" and inputs.bias is not None:
+            objections.append("takes no mask")
+        yield Contender(f"gather + {name}", bind(attention, inputs.grids, inputs.grad_out, differentiate), objections)
 
 
 def _kept_bias(inputs: Inputs) -> Tensor | None:
@@ -390,6 +422,8 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
         return (join(results[: len(rows)]), *results[len(rows) :])
 
     grads = [inputs.grad_out[b : b + 1, :, : len(kept)] for b, kept in enumerate(rows)]
+    if inputs.query.is_cuda:
+        yield _varlen_peer(rows, inputs, differentiate)
     yield Contender("loop of SDPA", bind(one_by_one, inputs.grids, grads, differentiate), canonical=join_out)
 
     compact = [grid[b : b + 1].index_select(2, kept).contiguous() for grid in inputs.grids for b, kept in enumerate(rows)]
@@ -408,6 +442,32 @@ def _ragged_peers(inputs: Inputs, differentiate: bool) -> Iterator[Contender]:
         canonical=join_and_spread,
         note="loop of SDPA over rows compacted beforehand: neither the gather nor the way back to the grid is timed",
     )
+
+
+def _varlen_peer(rows: Sequence[Tensor], inputs: Inputs, differentiate: bool) -> Contender:
+    """Kept rows of all samples gathered into one packed tensor, for flash attention's own packed form."""
+    if inputs.query.dtype == torch.float32 or inputs.bias is not None:
+        return Contender("gather + varlen flash", lambda: (), ["takes half types only" if inputs.bias is None else "takes no mask"])
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, heads, tokens, width = inputs.query.shape
+    slots = inputs.grad_out.shape[2]
+    counts = torch.tensor([0, *(len(kept) for kept in rows)], dtype=torch.int32, device=inputs.query.device)
+    bounds = counts.cumsum(0, dtype=torch.int32)
+    places = torch.cat([b * tokens + kept for b, kept in enumerate(rows)])
+
+    def take(grid: Tensor) -> Tensor:  # [T, H, D]
+        return grid.transpose(1, 2).reshape(batch * tokens, heads, width).index_select(0, places)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return varlen_attn(take(query), take(key), take(value), bounds, bounds, slots, slots)
+
+    def padded(results: Results) -> Results:
+        parts = results[0].split([len(kept) for kept in rows])
+        return (torch.stack([F.pad(part.transpose(0, 1), (0, 0, 0, slots - len(part))) for part in parts]), *results[1:])
+
+    grads = torch.cat([inputs.grad_out[b, :, : len(kept)].transpose(0, 1) for b, kept in enumerate(rows)])
+    return Contender("gather + varlen flash", bind(attention, inputs.grids, grads, differentiate), canonical=padded)
 
 
 def _masked_peer(inputs: Inputs, differentiate: bool) -> Contender:

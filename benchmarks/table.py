@@ -12,7 +12,6 @@ from rich.text import Text
 
 from .harness import UNSTEADY, Spread
 from .record import Record, comparable, peers
-from .roof import GEMM
 
 # page faults of one call that are lost in its time
 FEW_FAULTS = 16
@@ -181,5 +180,5 @@ def roof_line(run: Record) -> str:
     """The best that was seen of the machine up to now."""
     roof = run["roof"]
     gemm, peak = (", ".join(f"{dtype} {rate:.0f}" for dtype, rate in roof[name].items()) for name in ("gemm_gflops", "peak_gflops"))
-    rates = f"peak (multiply-adds in registers): {peak or 'not measured'} GFLOP/s; gemm (torch, {GEMM}^3): {gemm} GFLOP/s"
+    rates = f"peak (multiply-adds in registers): {peak or 'not measured'} GFLOP/s; gemm (torch): {gemm} GFLOP/s"
     return f"roofs     {rates}; copy (torch): {roof['copy_gbs']:.1f} GB/s; measured in this run"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
 from tokenops.ops.token_merge.backends import BACKENDS
 from tokenops.reference import token_merge as reference
 from tokenops.types import MatchProblem, MergePlan
@@ -98,7 +98,7 @@ def _serve(operation: str, grids: Mapping[str, Tensor]) -> Callable[[str | None]
 
 
 def _objections(grids: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(*grids.values(), names=" ".join(grids)) for backend in BACKENDS}
+    return {backend.name: backend.objections(*grids.values(), names=" ".join(grids)) for backend in ranked(BACKENDS, *grids.values())}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:

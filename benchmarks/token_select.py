@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
 from tokenops.ops.token_select.backends import BACKENDS
 from tokenops.types import HaltState
 
@@ -79,7 +79,7 @@ def _serve(operation: str, rows: Tensor) -> Callable[[str | None], Backend]:
 
 
 def _objections(rows: Tensor) -> dict[str, list[str]]:
-    return {backend.name: backend.objections(rows) for backend in BACKENDS}
+    return {backend.name: backend.objections(rows) for backend in ranked(BACKENDS, rows)}
 
 
 def example_objections(device: str) -> dict[str, list[str]]:

@@ -37,6 +37,16 @@ ROOMS = {
 REFUSALS = {room: {backend.name: backend.objections(call) for backend in backends} for room, (backends, call) in ROOMS.items()}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", help="only tests of this backend; repeatable")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --backend, what no backend takes part in is left out."""
+    if config.getoption("--backend"):
+        items[:] = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``backend``: every backend of the room that can run here. Which cannot, and why, is reported by test_dispatch.py."""
     if "backend" not in metafunc.fixturenames:
@@ -44,7 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # test_<room>*.py
     file = metafunc.module.__name__.removeprefix("test_")
     [room] = [room for room in ROOMS if file.startswith(room)] or ["sparse_attention"]
-    available = [name for name, reasons in REFUSALS[room].items() if not reasons]
+    asked = metafunc.config.getoption("--backend")
+    available = [name for name, reasons in REFUSALS[room].items() if not reasons and (not asked or name in asked)]
     metafunc.parametrize("backend", available, scope="session")
 
 

@@ -16,15 +16,16 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import cubin
 import gpu_cases
 import torch
 from gpu_cases import Case
@@ -163,22 +164,12 @@ def kernels_of(room: str) -> set[str]:
     return {name for name, value in vars(kernels).items() if isinstance(value, JITFunction) and not name.startswith("_")}
 
 
-def read_cuda(compiled: Any) -> tuple[int, int, str]:
-    """Registers, spill instructions and SASS of a cubin, by the tools that come with Triton."""
-    from triton import knobs
-
+def read_cuda(compiled: Any) -> cubin.Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([tool.path, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in ((knobs.nvidia.cuobjdump, "-res-usage"), (knobs.nvidia.nvdisasm, "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    # a stack without loads or stores would be news, and no good one
-    return int(found[1]), max(spills, int(found[2])), code
+        [kernel] = cubin.read(Path(file.name)).values()
+    return kernel
 
 
 def read_hip(compiled: Any) -> tuple[int, int, str]:

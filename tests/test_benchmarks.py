@@ -124,8 +124,8 @@ def wish(room: ModuleType, request_for_tiny: Request) -> Request:
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roofs and cases of a size for tests; no restart, which would replace pytest."""
-    monkeypatch.setattr(roof, "GEMM", 64)
-    monkeypatch.setattr(roof, "COPY", 1 << 16)
+    monkeypatch.setattr(roof, "GEMM", {"cpu": 64})
+    monkeypatch.setattr(roof, "COPY", {"cpu": 1 << 16})
     monkeypatch.setattr(roof, "STEPS", 1000)
     monkeypatch.setattr(cli, "ROOF_SECONDS", 0)
     for module, cases in ROOMS.values():

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import REFUSALS, ROOMS
+from oracle import problem_of
 
 import tokenops
 from tokenops import native
-from tokenops.dispatch import Backend, choose
+from tokenops.dispatch import Backend, choose, ranked
+from tokenops.ops import preference
 
 FIRST = Backend("first", "run first", lambda problem, needs=(): [f"does not like {problem}"] if problem == "b" or needs else [])
 SECOND = Backend("second", "run second", lambda problem, needs=(): [])
@@ -111,6 +113,39 @@ def test_without_the_library_everything_still_works(monkeypatch: pytest.MonkeyPa
     tokenops.sparse_attention(x, x, x).sum().backward()
     with pytest.raises(NotImplementedError, match="cpu: C\\+\\+ library not built"):
         tokenops.sparse_attention(x, x, x, backend="cpu")
+
+
+def test_a_backend_may_lead() -> None:
+    """For some problems a later backend goes before the others, and gives way if it objects."""
+    leader = FIRST._replace(name="leader", run="run leader", leads=lambda problem: problem in ("b", "c"))
+    assert choose("op", (SECOND, leader), None, "a") is SECOND
+    assert choose("op", (SECOND, leader), None, "c") is leader
+    assert choose("op", (SECOND, leader), None, "b") is SECOND
+    assert choose("op", (SECOND, leader), "second", "c") is SECOND
+    assert [backend.name for backend in ranked((SECOND, THIRD, leader), "c")] == ["leader", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capability", "first"),
+    [
+        ((64, 12, 16, 64), torch.float32, (8, 0), "cuda"),
+        ((64, 12, 16, 64), torch.bfloat16, (10, 0), "cuda"),
+        ((8, 12, 196, 64), torch.bfloat16, (9, 0), "cuda"),
+        ((8, 12, 196, 64), torch.float32, (9, 0), "triton"),
+        ((8, 12, 196, 64), torch.bfloat16, (10, 0), "triton"),
+        ((8, 12, 196, 128), torch.float16, (9, 0), "triton"),
+    ],
+)
+def test_preference_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int], first: str) -> None:
+    problem = problem_of(dict.fromkeys(("query", "key", "value"), torch.empty(shape, dtype=dtype, device="meta")))
+    assert preference.rule_for("sparse_attention", capability, (problem,)).backend == first
+
+
+def test_every_room_has_a_rule_for_all_others() -> None:
+    assert preference.RULES.keys() == ROOMS.keys()
+    for rules in preference.RULES.values():
+        assert rules[-1].holds((8, 0), (None,))
+        assert {rule.backend for rule in rules} <= {"cuda", "triton"}
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -86,13 +86,3 @@ def test_orders_differ() -> None:
         sums.add(_fault("order")[0][0].item())
     torch.ops.tokenops_emulator.set_order(0)
     assert len(sums) > 1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tile_product(dtype: torch.dtype, order: int) -> None:
-    """cp.async, ldmatrix and mma as all kernels use them; on a GPU the same test says whether this emulator has their layouts right."""
-    generator = torch.Generator().manual_seed(order)
-    a, b = (torch.randn(rows, 16, generator=generator).to(dtype) for rows in (16, 8))
-    product = torch.empty(16, 8)
-    torch.ops.tokenops.cuda_tile_product.default(product, a, b)
-    torch.testing.assert_close(product, a.float() @ b.float().T)

@@ -12,6 +12,15 @@ class Backend(NamedTuple):
     name: str
     run: Any  # the room's module in that wing, e.g. tokenops.reference.sparse_attention
     objections: Callable[..., list[str]]  # called with the problem; why this backend cannot serve it
+    leads: Callable[..., bool] | None = None  # called with the problem; whether it goes before all others
+
+
+def ranked(backends: Sequence[Backend], *problem: Any) -> Sequence[Backend]:
+    """In order of preference for this problem."""
+    for backend in backends:
+        if backend.leads is not None and backend.leads(*problem):
+            return [backend, *(other for other in backends if other is not backend)]
+    return backends
 
 
 def choose(operation: str, backends: Sequence[Backend], name: str | None, *problem: Any, **request: Any) -> Backend:
@@ -26,7 +35,7 @@ def choose(operation: str, backends: Sequence[Backend], name: str | None, *probl
         if not candidates:
             raise ValueError(f"{operation}: backend must be one of {', '.join(repr(b.name) for b in backends)}, got {name!r}")
     else:
-        candidates = list(backends)
+        candidates = list(ranked(backends, *problem))
     refusals = []
     for backend in candidates:
         reasons = backend.objections(*problem, **request)

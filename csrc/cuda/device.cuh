@@ -39,6 +39,30 @@ __device__ __forceinline__ void store_wide(T* to, const Wide<T>& values) {
   *reinterpret_cast<Wide<T>*>(to) = values;
 }
 
+// Numbers c ... of a row of `width`, as many as 16 bytes hold, 0 behind its end. Aligned: all of them are in the row, and the first is at a
+// multiple of 16 bytes. A lane has the same numbers either way, so that sums have the same bits for every layout.
+template <bool Aligned, class T>
+__device__ __forceinline__ Wide<T> load_run(const T* row, int c, int width) {
+  if constexpr (Aligned) {
+    return load_wide(row + c);
+  } else {
+    Wide<T> run;
+#pragma unroll
+    for (int j = 0; j < Wide<T>::kCount; ++j) run.at[j] = c + j < width ? row[c + j] : T{};
+    return run;
+  }
+}
+template <bool Aligned, class T>
+__device__ __forceinline__ void store_run(T* row, int c, int width, const Wide<T>& run) {
+  if constexpr (Aligned) {
+    store_wide(row + c, run);
+  } else {
+#pragma unroll
+    for (int j = 0; j < Wide<T>::kCount; ++j)
+      if (c + j < width) row[c + j] = run.at[j];
+  }
+}
+
 // Folds over `Lanes` neighbouring lanes (a power of two); every lane is given the result. All 32 lanes of the warp must call.
 template <int Lanes = kWarp, class T, class Fold>
 __device__ __forceinline__ T fold_lanes(T value, Fold fold) {
@@ -56,11 +80,12 @@ __device__ __forceinline__ float max_lanes(float value) {
 }
 
 // The sum over the lanes before this one.
-__device__ __forceinline__ int sum_before(int value) {
-  int sum = value;
+template <class T>
+__device__ __forceinline__ T sum_before(T value) {
+  T sum = value;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, step);
+    const T other = __shfl_up_sync(kAllLanes, sum, step);
     if (lane_id() >= step) sum += other;
   }
   return sum - value;
@@ -78,6 +103,21 @@ __device__ __forceinline__ T fold_block(T value, T (&partial)[Warps], Fold fold)
   for (int warp = 1; warp < Warps; ++warp) value = fold(value, partial[warp]);
   __syncthreads();
   return value;
+}
+
+// Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more.
+template <class T>
+struct WarpSums {
+  T before, all;
+};
+template <int Warps, class T>
+__device__ __forceinline__ WarpSums<T> sum_warps(T value, T (&partial)[Warps]) {
+  static_assert(Warps <= kWarp, "a lane reads the number of a warp");
+  if (lane_id() == 0) partial[warp_id()] = value;
+  __syncthreads();
+  value = lane_id() < Warps ? partial[lane_id()] : T{};
+  const T before = sum_before(value);
+  return {__shfl_sync(kAllLanes, before, warp_id()), __shfl_sync(kAllLanes, before + value, kWarp - 1)};
 }
 
 }  // namespace tokenops

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenops import native
 from tokenops.dispatch import Backend
+from tokenops.ops import preference
 
 # Triton too reads it once: when it is imported
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +55,7 @@ def backends(
             for isa in ("", "avx512_bf16", "avx512", "avx2", "generic")
         ),
         # behind those for the CPU, so that an emulator is never chosen unless it is named
-        Backend("cuda", native_cuda, partial(_cuda_objections, native_cuda, objections))
+        Backend("cuda", native_cuda, partial(_cuda_objections, native_cuda, objections), partial(_cuda_leads, room))
         if native_cuda is not None
         else Backend("cuda", None, lambda *problem, **request: [f"{room} has no CUDA C++ kernels yet"]),
         Backend("reference", reference, lambda *problem, **request: []),
@@ -82,8 +83,13 @@ def _cuda_objections(native_cuda: Any, objections: Callable[..., list[str]], *pr
         reasons.append(native.CUDA_ABSENT)
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reasons.append(f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {torch.cuda.get_device_capability(device)}")
-    own = getattr(native_cuda, "objections", lambda *_, **__: [])
-    return reasons + objections(*problem, **request) + own(*problem, **request)
+    own = getattr(native_cuda, "objections", None)
+    return reasons + objections(*problem, **request) + (own(*problem, **request) if own else [])
+
+
+def _cuda_leads(room: str, *problem: Any) -> bool:
+    device = _device_of(problem)
+    return device.type == "cuda" and preference.rule_for(room, torch.cuda.get_device_capability(device), problem).backend == "cuda"
 
 
 def _triton_objections(triton: Triton, objections: Callable[..., list[str]], *problem: Any, **request: Any) -> list[str]:

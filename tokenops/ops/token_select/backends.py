@@ -14,21 +14,33 @@ from tokenops.reference import token_select as reference
 from tokenops.types import HaltBackwardProblem, HaltProblem, HaltState
 
 _library = torch.library.Library("tokenops", "FRAGMENT")
-_STEP = "float scale, float center, float limit, bool last, bool class_only, str isa"
+# the new state may be the old one
+_HALT = (
+    "(Tensor(a!) new_cum, Tensor(b!) new_remain, Tensor(c!) new_active, Tensor(d!) new_rho, Tensor(e!) new_counter, "
+    "Tensor(f!) new_out, Tensor x, Tensor? cum, Tensor? remain, Tensor? active, Tensor? rho, Tensor? counter, Tensor? out, "
+    "Tensor? cu_seqlens, float scale, float center, float limit, bool last, bool class_only"
+)
+_HALT_BACKWARD = (
+    "(Tensor(a!)? new_grad_x, Tensor(b!)? new_grad_remain, Tensor x, Tensor? grad_cum, Tensor? grad_remain, Tensor? grad_rho, "
+    "Tensor? grad_out, Tensor? remain, Tensor? active, Tensor cum, Tensor? cu_seqlens, float scale, float center, float limit, bool last, "
+    "bool class_only"
+)
 # implemented by csrc/cpu/token_select.cpp; 0 = done, 1 = bad contents, 2 = no memory
 _library.define("token_select_cpu_select(Tensor(a!) index, Tensor(b!) count, Tensor score, float? threshold, int protect, str isa) -> int")
-# the new state may be the old one
-_library.define(
-    "token_select_cpu_halt(Tensor(a!) new_cum, Tensor(b!) new_remain, Tensor(c!) new_active, Tensor(d!) new_rho, Tensor(e!) new_counter, "
-    "Tensor(f!) new_out, Tensor x, Tensor? cum, Tensor? remain, Tensor? active, Tensor? rho, Tensor? counter, Tensor? out, "
-    f"Tensor? cu_seqlens, {_STEP}) -> int"
-)
-_library.define(
-    "token_select_cpu_halt_backward(Tensor(a!)? new_grad_x, Tensor(b!)? new_grad_remain, Tensor x, Tensor? grad_cum, Tensor? grad_remain, "
-    f"Tensor? grad_rho, Tensor? grad_out, Tensor? remain, Tensor? active, Tensor cum, Tensor? cu_seqlens, {_STEP}) -> int"
-)
+_library.define(f"token_select_cpu_halt{_HALT}, str isa) -> int")
+_library.define(f"token_select_cpu_halt_backward{_HALT_BACKWARD}, str isa) -> int")
 _library.define("token_select_cpu_pack(Tensor(a!) tokens, Tensor(b!) cu_seqlens, Tensor x, Tensor? index, Tensor? count, str isa) -> int")
 _library.define("token_select_cpu_unpack(Tensor(a!) x, Tensor tokens, Tensor cu_seqlens, Tensor? index, str isa) -> int")
+# implemented by csrc/cuda/token_select.cu
+_library.define("token_select_cuda_select(Tensor(a!) index, Tensor(b!) count, Tensor score, float? threshold, int protect) -> ()")
+_library.define(f"token_select_cuda_halt{_HALT}) -> ()")
+_library.define(f"token_select_cuda_halt_backward{_HALT_BACKWARD}) -> ()")
+# ranks, filled and source are room to work, with an index
+_library.define(
+    "token_select_cuda_pack(Tensor(a!) tokens, Tensor(b!) cu_seqlens, Tensor(c!)? ranks, Tensor(d!)? filled, Tensor x, Tensor? index, "
+    "Tensor? count) -> ()"
+)
+_library.define("token_select_cuda_unpack(Tensor(a!) x, Tensor(b!)? source, Tensor tokens, Tensor cu_seqlens, Tensor? index) -> ()")
 
 
 class NativeCPU(NamedTuple):
@@ -62,6 +74,30 @@ class NativeCPU(NamedTuple):
         explain("unpack_tokens", code, partial(reference.check_unpack, tokens, cu_seqlens, index, x.shape[1], x.shape[0] == 1))
 
 
+class NativeCUDA:
+    """The CUDA C++ kernels as a backend."""
+
+    def select(self, score: Tensor, threshold: float | None, protect: int, index: Tensor, count: Tensor) -> None:
+        torch.ops.tokenops.token_select_cuda_select.default(index, count, score, threshold, protect)
+
+    def halt(self, problem: HaltProblem, new: HaltState) -> None:
+        x, state, *rest = problem
+        old = (None,) * len(new) if state is None else state
+        torch.ops.tokenops.token_select_cuda_halt.default(*new, x, *old, *rest)
+
+    def halt_backward(self, problem: HaltBackwardProblem, grad_x: Tensor | None, grad_remain: Tensor | None) -> None:
+        torch.ops.tokenops.token_select_cuda_halt_backward.default(grad_x, grad_remain, *problem)
+
+    def pack(self, x: Tensor, index: Tensor | None, count: Tensor | None, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        ranks = None if index is None else torch.empty_like(index, memory_format=torch.contiguous_format)
+        filled = None if index is None else index.new_empty(index.shape[:1])
+        torch.ops.tokenops.token_select_cuda_pack.default(tokens, cu_seqlens, ranks, filled, x, index, count)
+
+    def unpack(self, tokens: Tensor, cu_seqlens: Tensor, index: Tensor | None, x: Tensor) -> None:
+        source = None if index is None else torch.full(x.shape[:2], -1, dtype=torch.int32, device=x.device)
+        torch.ops.tokenops.token_select_cuda_unpack.default(x, source, tokens, cu_seqlens, index)
+
+
 def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: bool = True) -> list[str]:
     """What no compiled kernel of ours serves. Packing moves bytes and computes nothing, so it takes every dtype."""
     rows = {"x": problem} if isinstance(problem, Tensor) else {"x": problem.x}
@@ -76,4 +112,4 @@ def _objections(problem: Tensor | HaltProblem | HaltBackwardProblem, computes: b
     return reasons
 
 
-BACKENDS = backends("token_select", NativeCPU, None, reference, _objections)
+BACKENDS = backends("token_select", NativeCPU, NativeCUDA(), reference, _objections)

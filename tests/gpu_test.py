@@ -1,0 +1,93 @@
+"""The first hour on a GPU, in minutes: ``make gpu-test``.
+
+In this order, each in processes of its own: one tile of a matrix product, which says whether the emulator had the layouts of the instructions
+right; the tests of every operation on both GPU backends, files beside each other; then compute-sanitizer over a few calls of every operation.
+What fails does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
+# of compute-sanitizer
+TOOLS = ("memcheck", "racecheck")
+
+
+class Result(NamedTuple):
+    step: str
+    seconds: float
+    status: int | None  # None: it was cut off
+    output: str
+
+
+def run(step: str, command: Sequence[str | Path], device: str, limit: float) -> Result:
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TOKENOPS_TEST_DEVICE": device, "PYTHONPATH": path}
+    run_here = partial(subprocess.run, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    start = time.monotonic()
+    try:
+        ran = run_here(command, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as cut:
+        output = cut.stdout.decode() if isinstance(cut.stdout, bytes) else cut.stdout or ""
+        return Result(step, time.monotonic() - start, None, output)
+    return Result(step, time.monotonic() - start, ran.returncode, ran.stdout)
+
+
+def report(result: Result) -> bool:
+    """Prints a line, and of what failed the end; whether it passed."""
+    # pytest: no test was chosen
+    passed = result.status in (0, 5)
+    lines = result.output.strip().splitlines()
+    verdict = "cut off" if result.status is None else "passed" if passed else f"FAILED ({result.status})"
+    print(f"{result.step:44} {result.seconds:6.0f} s  {verdict:12} {lines[-1] if lines else ''}", flush=True)
+    if not passed:
+        print("\n".join(f"    {line}" for line in lines[-60:]), flush=True)
+    return passed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--minutes", type=float, default=5.0, help="what is not done by then is cut off (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="files beside each other")
+    parser.add_argument("-k", dest="expression", default="", help="only tests that match, as pytest's -k")
+    options = parser.parse_args(arguments)
+    backends = ("triton", "cuda") if options.device == "cuda" else ("cuda",)
+    stop = time.monotonic() + 60 * options.minutes
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+    def left() -> float:
+        return max(1.0, stop - time.monotonic())
+
+    good = report(run("one tile of a matrix product", [*pytest, HERE / "test_tile_product.py"], options.device, left()))
+    chosen = [*pytest, *(f"--backend={backend}" for backend in backends), *(["-k", options.expression] if options.expression else [])]
+    # the longest first
+    files = sorted((file for room in ROOMS for file in HERE.glob(f"test_{room}*.py")), key=lambda file: -file.stat().st_size)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for result in pool.map(lambda file: run(file.stem, [*chosen, file], options.device, left()), files):
+            good &= report(result)
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}")
+    calls = [sys.executable, HERE / "gpu_calls.py", options.device]
+    if options.device == "cuda" and sanitizer:
+        for tool in TOOLS:
+            good &= report(run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *calls], options.device, left()))
+    else:
+        print("compute-sanitizer: not here; the calls run without it")
+        good &= report(run("a few calls of every operation", calls, options.device, left()))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
