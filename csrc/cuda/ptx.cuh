@@ -74,6 +74,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
+// The same for 4 bytes, which begin at a multiple of 4.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0) : "memory");
+}
 // The copies since the last commit are a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups of this thread but the latest `Pending`; a barrier makes them visible to others.

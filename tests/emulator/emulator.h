@@ -307,6 +307,7 @@ T& shared_memory() {
 }
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) { emulator::start_copy(shared, valid ? global : nullptr, 16); }
+inline void cp_async_4(void* shared, const void* global, bool valid = true) { emulator::start_copy(shared, valid ? global : nullptr, 4); }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int Pending>
 void cp_async_wait(emulator::Site site = emulator::Site::here()) {

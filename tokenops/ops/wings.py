@@ -45,7 +45,7 @@ def backends(
 
     Args:
         native_cpu: makes the backend of one instruction set of the C++ kernels; "" means the best one.
-        native_cuda: the backend of the CUDA C++ kernels; it may have objections of its own. None: the room has none yet.
+        native_cuda: the backend of the CUDA C++ kernels. None: the room has none yet. It may have ``objections`` of its own.
         objections: called with the problem (a tensor, or a tuple that begins with one): what no compiled kernel serves.
     """
     return (

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenops.ops.token_select.backends import BACKENDS as SELECTING
+from tokenops.ops.token_select.backends import NativeCUDA as Selecting
 from tokenops.reference import delta_matmul as reference
 from tokenops.types import (
     DeltaAttentionProblem,
     DeltaGate,
-    DeltaState,
     GateBackwardProblem,
     GateGradients,
     GateProblem,
@@ -57,8 +56,6 @@ class NativeCUDA:
         """What these kernels, beyond what no compiled kernel of this room serves, do not serve."""
         if isinstance(problem, DeltaAttentionProblem):
             return ["not written yet"]
-        if isinstance(problem, GateProblem) and problem.reference is not None and problem.index is None and _selecting() is None:
-            return ["token_select has no CUDA C++ kernels yet"]
         return []
 
     def gate(self, problem: GateProblem, new: DeltaGate) -> None:
@@ -81,7 +78,7 @@ class NativeCUDA:
         if change is not None or p.skip is not None or not in_place:
             compare(change, total, None if in_place else new.reference, None, None, p.x, p.skip, p.reference, *norm, p.order, not p.whole)
         if change is not None:
-            _select(change, p.threshold, new)
+            Selecting().select(change, p.threshold, 0, new.index, new.count)
         x = p.x if total is None else total
         send = torch.ops.tokenops.delta_matmul_cuda_send.default
         send(new.values, new.delta, None if p.whole else new.reference, x, p.reference, *norm, new.index)
@@ -150,15 +147,3 @@ class NativeCUDA:
             move(grad_buffer, None, index, False)
         if grad_rows is not None:
             move(grad_rows, grad_out, index, True)
-
-
-def _select(change: Tensor, threshold: float | None, new: DeltaGate) -> None:
-    """The greatest changes."""
-    _selecting().select(change, threshold, 0, new.index, new.count)
-
-
-def _selecting() -> Any:
-    [selecting] = [backend.run for backend in SELECTING if backend.name == "cuda"]
-    from tokenops.reference import token_select as stand_in
-
-    return selecting or stand_in

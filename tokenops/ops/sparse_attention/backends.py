@@ -27,6 +27,8 @@ _library.define(
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, "
     f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
 )
+# implemented by csrc/cuda/sparse_attention.cu
+_library.define(f"sparse_attention_cuda_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, bool by_row) -> ()")
 
 
 class NativeCPU(NamedTuple):
@@ -43,6 +45,28 @@ class NativeCPU(NamedTuple):
         run = torch.ops.tokenops.sparse_attention_cpu_backward.default
         code = run(*grads[:4], *grads[5:], grad_out, out, lse, *_native_arguments(problem), self.isa or native.default_cpu_isa())
         explain("sparse_attention", code, partial(reference.check_contents, problem, unique_queries=True, unique_keys=True))
+
+
+class NativeCUDA:
+    """The CUDA C++ kernels as a backend."""
+
+    @staticmethod
+    def objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[str]:
+        """Why these kernels, beyond what no compiled kernel of this room serves, cannot serve a call; empty if they can."""
+        widths = {"D": problem.query.shape[3], "Dv": problem.value.shape[3]}
+        reasons = [f"{name} must be at most 128, got {width}" for name, width in widths.items() if width > 128]
+        mask = problem.attn_mask
+        if mask is not None and mask.dtype == torch.float64:
+            reasons.append("a float64 attn_mask is served by the reference only")
+        if problem.query.dtype == torch.float32:
+            reasons.append("float32 is not served yet")
+        if any(name != "attn_mask" for name in needs):
+            reasons.append("the backward pass is not written yet")
+        return reasons
+
+    @staticmethod
+    def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
+        torch.ops.tokenops.sparse_attention_cuda_forward.default(out, lse, row_sq, *_native_arguments(problem), by_row)
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
@@ -66,4 +90,4 @@ def _objections(problem: AttentionProblem, needs: tuple[str, ...] = ()) -> list[
     return reasons
 
 
-BACKENDS = backends("sparse_attention", NativeCPU, None, reference, _objections)
+BACKENDS = backends("sparse_attention", NativeCPU, NativeCUDA, reference, _objections)

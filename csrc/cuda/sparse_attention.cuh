@@ -1,0 +1,214 @@
+// What the attention kernels share: the problem, which slots a block owns, rows on their way to shared memory, the terms of a logit.
+//
+// Letters as everywhere: B batch, N and M grid rows, K and L kept slots, H heads, D and Dv head widths. A *slot* is a place in an index
+// list, a *row* is what the list names there; without a list slot s is row s. Logits and what is added to them are in units of log2, so
+// that a weight is one exp2.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace tokenops {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_huge_valf();
+
+enum class Kind { none, boolean, f32, bf16, f16 };
+
+// [B, H, rows, width], the last dimension dense. Strides count elements, 0 where one serves all.
+struct Grid {
+  void* data;
+  int64_t batch, head, row;
+
+  template <class T>
+  __device__ __forceinline__ T* at(int64_t b, int64_t h) const {
+    return static_cast<T*>(data) + b * batch + h * head;
+  }
+};
+
+// [B, H, slots] row ids, -1 = empty slot; null: a slot is its own row
+struct Lists {
+  const int32_t* data;
+  int64_t batch, head, slot;
+};
+
+struct AttentionProblem {
+  Grid query, key, value;
+  Lists q_index, kv_index;
+  const float* bias;  // [B, kv head, M] or null
+  int64_t bias_batch, bias_head, bias_row;
+  Kind mask;  // [B, H, N, M]
+  const void* mask_data;
+  int64_t mask_batch, mask_head, mask_row, mask_column;
+  Kind rel;  // rel_h [B, H, N, rel_height], rel_w [B, H, N, rel_width]
+  Grid rel_h, rel_w;
+  int rel_height, rel_width;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [sequences + 1], or null
+  int sequences;
+  int rows, keys;              // N, M
+  int query_slots, key_slots;  // K, L
+  int heads, group;            // query heads, and how many of them share a kv head
+  int width, value_width;      // D, Dv
+  float scale;                 // of the logits, times log2(e)
+  bool causal;
+  bool aligned;  // every row of every grid of the call begins at a multiple of 16 bytes
+
+  __device__ __forceinline__ bool packed() const { return cu_seqlens_q != nullptr; }
+  // anything but a positive scale and empty slots: then logits are scaled before their maximum is taken
+  __host__ __device__ bool has_terms() const { return bias || mask != Kind::none || rel != Kind::none || !(scale > 0.0f); }
+};
+
+// Natural units to units of log2. What was finite stays finite, so that a row of the lowest float is not an empty row.
+__device__ __forceinline__ float to_log2(float x) {
+  const float scaled = x * kLog2e;
+  return scaled < kLowest && x >= kLowest ? kLowest : scaled;
+}
+
+// Whether an id names a row. Content checks are not made on a device: what is out of range is an empty slot.
+__device__ __forceinline__ bool names(int id, int rows) { return static_cast<unsigned>(id) < static_cast<unsigned>(rows); }
+
+// One head's list.
+struct SlotList {
+  const int32_t* ids;  // or null
+  int64_t stride;
+  int rows;  // of the grid
+
+  __device__ __forceinline__ SlotList(const Lists& lists, int64_t b, int64_t h, int rows)
+      : ids(lists.data ? lists.data + b * lists.batch + h * lists.head : nullptr), stride(lists.slot), rows(rows) {}
+  // the row of a slot, or -1
+  __device__ __forceinline__ int row(int slot, int end) const {
+    if (slot >= end) return -1;
+    const int id = ids ? ids[slot * stride] : slot;
+    return names(id, rows) ? id : -1;
+  }
+};
+
+struct Span {
+  int begin, end;
+};
+
+// The slots of a packed sequence; number `sequences` is the padding behind the last one. Whatever cu_seqlens holds, no slot outside of
+// the list is touched.
+__device__ __forceinline__ Span span_of(const int32_t* cu_seqlens, int sequence, int sequences, int slots) {
+  const int begin = min(max(cu_seqlens[sequence], 0), slots);
+  return {begin, sequence < sequences ? min(max(cu_seqlens[sequence + 1], begin), slots) : slots};
+}
+
+// A block of slots of one side, its owner's, and the slots of the other side that it meets. Nothing else writes the owner's results: no
+// atomics, the same bits every run.
+struct Work {
+  int first;    // slot of the block
+  Span own;     // slots of its head or sequence
+  Span others;  // of the other side
+
+  __device__ __forceinline__ bool empty() const { return first >= own.end; }
+};
+
+// Blocks of `Block` slots that a head has at least, whatever cu_seqlens holds: it stays on the device.
+__host__ __device__ inline int64_t blocks_of(int64_t slots, int block, bool packed, int64_t sequences) {
+  return packed ? slots / block + sequences + 1 : (slots + block - 1) / block;
+}
+
+// Sequence s owns the blocks from cu_seqlens[s] / Block + s on. That is never fewer than it needs; the surplus, at most one a sequence,
+// is empty.
+template <int Block>
+__device__ __forceinline__ Work find_work(int block, const int32_t* own_bounds, int own_slots, const int32_t* other_bounds, int other_slots,
+                                          int sequences) {
+  if (!own_bounds) return {block * Block, {0, own_slots}, {0, other_slots}};
+  int low = 0, high = sequences;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (own_bounds[middle] / Block + middle <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const Span own = span_of(own_bounds, low, sequences, own_slots);
+  Span others = span_of(other_bounds, low, sequences, other_slots);
+  // the padding behind the last sequence meets nothing
+  if (low == sequences) others.end = others.begin;
+  // not past the end of int where bounds are nonsense
+  const int64_t first = own.begin + (static_cast<int64_t>(block) - (own.begin / Block + low)) * Block;
+  return {static_cast<int>(min(max(first, static_cast<int64_t>(own.begin)), static_cast<int64_t>(own.end))), own, others};
+}
+
+// Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
+// `width` numbers of a row. A grid that is not aligned is copied at once.
+template <int Rows, int W, int Threads, class T>
+__device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
+                                          int thread) {
+  using Tile = TileRows<T, W>;
+#pragma unroll
+  for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
+    const int place = thread + i * Threads, r = place / Tile::kPieces, piece = place % Tile::kPieces;
+    if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
+    const int id = ids[r];
+    const bool valid = names(id, rows) && piece * Tile::kPiece < width;
+    const T* from = valid ? grid + id * stride + piece * Tile::kPiece : grid;
+    T* to = tile + Tile::at(r, piece);
+    if (aligned) {
+      cp_async_16(to, from, valid);
+    } else {
+      for (int j = 0; j < Tile::kPiece; ++j) to[j] = valid ? from[j] : T{};
+    }
+  }
+}
+
+// Starts copies of the ids of slots `first` and the next; -1 behind the end.
+template <int Count, int Threads>
+__device__ __forceinline__ void copy_ids(int32_t* ids, const SlotList& list, int first, int end, int thread) {
+  for (int i = thread; i < Count; i += Threads) {
+    const int slot = first + i;
+    if (slot < end && list.ids)
+      cp_async_4(ids + i, list.ids + slot * list.stride);
+    else
+      ids[i] = slot < end ? slot : -1;
+  }
+}
+
+// The mask and rel_pos of one query head.
+struct Terms {
+  const AttentionProblem& p;
+  int64_t b, h;
+
+  __device__ __forceinline__ Terms(const AttentionProblem& p, int64_t b, int64_t h) : p(p), b(b), h(h) {}
+
+  // Changes the logits of a tile by query row, key row and rank of the key. for_each calls the function it is given with (logit, row,
+  // column, rank) for all that exist; it does so once for each term, so that no element has to ask which terms there are.
+  template <class ForEach>
+  __device__ __forceinline__ void apply(ForEach&& for_each) const {
+    const int64_t first = b * p.mask_batch + h * p.mask_head, row = p.mask_row, column = p.mask_column;
+    if (p.mask == Kind::boolean) {
+      const uint8_t* visible = static_cast<const uint8_t*>(p.mask_data) + first;
+      for_each([&](float& logit, int n, int m, int) {
+        if (!visible[n * row + m * column]) logit = -kInfinity;
+      });
+    } else if (p.mask != Kind::none) {
+      with_number(p.mask, [&](auto number) {
+        const auto* added = static_cast<const decltype(number)*>(p.mask_data) + first;
+        for_each([&](float& logit, int n, int m, int) { logit += to_log2(to_float(added[n * row + m * column])); });
+      });
+    }
+    if (p.rel == Kind::none) return;
+    with_number(p.rel, [&](auto number) {
+      using R = decltype(number);
+      const R *down = p.rel_h.at<R>(b, h), *across = p.rel_w.at<R>(b, h);
+      const int cells = p.rel_height * p.rel_width;
+      for_each([&](float& logit, int n, int, int rank) {
+        if (rank < cells)
+          logit += to_log2(to_float(down[n * p.rel_h.row + rank / p.rel_width]) + to_float(across[n * p.rel_w.row + rank % p.rel_width]));
+      });
+    });
+  }
+
+ private:
+  template <class F>
+  static __device__ __forceinline__ void with_number(Kind kind, F&& f) {
+    if (kind == Kind::f32) f(float{});
+    if (kind == Kind::bf16) f(bf16{});
+    if (kind == Kind::f16) f(f16{});
+  }
+};
+
+}  // namespace
+}  // namespace tokenops
