@@ -1,7 +1,4 @@
 // Rows of token grids, a warp for each: what the kernels of delta_matmul share. B samples, N tokens, K slots of a list, C channels.
-//
-// A lane has runs of as many numbers as 16 bytes hold. Where rows begin anywhere it reads the numbers of a run one by one, so that sums are
-// added up in the same order and have the same bits for every layout.
 #pragma once
 
 #include "device.cuh"
@@ -33,29 +30,6 @@ __device__ __forceinline__ Slot slot_at(const SampleLists& lists, int i) {
   if (!lists.index) return {sample, place, place};
   const int id = lists.index[sample * lists.sample + place];
   return {sample, place, id >= 0 && id < lists.rows ? id : -1};
-}
-
-// Numbers c ... of a row of C, 0 behind its end. Aligned: the run is whole and begins at a multiple of 16 bytes.
-template <bool Aligned, class T>
-__device__ __forceinline__ Wide<T> load_run(const T* row, int c, int width) {
-  if constexpr (Aligned) {
-    return load_wide(row + c);
-  } else {
-    Wide<T> run;
-#pragma unroll
-    for (int j = 0; j < Wide<T>::kCount; ++j) run.at[j] = c + j < width ? row[c + j] : T{};
-    return run;
-  }
-}
-template <bool Aligned, class T>
-__device__ __forceinline__ void store_run(T* row, int c, int width, const Wide<T>& run) {
-  if constexpr (Aligned) {
-    store_wide(row + c, run);
-  } else {
-#pragma unroll
-    for (int j = 0; j < Wide<T>::kCount; ++j)
-      if (c + j < width) row[c + j] = run.at[j];
-  }
 }
 
 // [C] in float32 or the grids' type
