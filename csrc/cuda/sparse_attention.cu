@@ -12,14 +12,41 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
   launch(on, attention_forward<Shape>, (a.teams + Shape::kTeams - 1) / Shape::kTeams, Shape::kThreads, sizeof(typename Shape::Shared), a);
 }
 
+// How work is cut. None was chosen by time: that takes a GPU. What counted were registers (a warp of 32 rows reads keys and values from
+// shared memory half as often as one of 16; its 255 registers let two blocks run beside each other), shared memory (the same two blocks on
+// sm_80) and copies under way (three stages where they fit).
 template <class T, int W>
-void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch) {
-  launch_forward<ForwardShape<T, W, 4, 1, 64, 2, true>>(on, a, batch);
+struct ForwardShapes {
+  static constexpr bool kFloat = sizeof(T) == 4;
+  using Large = ForwardShape<T, W, 4, 2, kFloat || W == 128 ? 32 : 64, kFloat || W == 96 ? 2 : 3, false>;
+  using Small = ForwardShape<T, W, 4, 1, kFloat ? 32 : 64, 2, false>;
+  using Masked = ForwardShape<T, W, 4, 1, 32, 2, true>;
+  // one warp each: 8 to 32 frames, or a class token that alone looks at many keys
+  using Short = ForwardShape<T, W, 1, 2, 16, 3, true>;
+  using Shortest = ForwardShape<T, W, 1, 1, 16, 2, true>;
+};
+
+// `queries`: slots that a head or sequence has at most
+template <class T, int W>
+void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch, int64_t queries) {
+  using Shapes = ForwardShapes<T, W>;
+  if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
+  if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);
+  if (a.p.mask != Kind::none || a.p.rel != Kind::none) return launch_forward<typename Shapes::Masked>(on, a, batch);
+  // large blocks where two for each processor are left, and where they are not much emptier than small ones; float's wide rows do not fit
+  if constexpr (!Shapes::kFloat || W <= 64) {
+    constexpr int64_t kLarge = Shapes::Large::kRows, kSmall = Shapes::Small::kRows;
+    const int64_t large = (queries + kLarge - 1) / kLarge, small = (queries + kSmall - 1) / kSmall;
+    const int64_t blocks = blocks_of(a.p.query_slots, kLarge, false, 0) * batch * a.p.heads;
+    if (blocks >= 2 * processors(on) && 4 * large * kLarge <= 5 * small * kSmall)
+      return launch_forward<typename Shapes::Large>(on, a, batch);
+  }
+  launch_forward<typename Shapes::Small>(on, a, batch);
 }
 
 void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,
              OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w,
-             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal, double scale, bool by_row) {
+             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal, double scale, int64_t most_queries, bool by_row) {
   ForwardArguments a{};
   a.p = problem_of(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   const int64_t batch = query.size(0);
@@ -28,9 +55,11 @@ void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor
   a.by_row = by_row;
   a.lse = statistic_of("lse", lse, a.p, batch);
   a.row_sq = row_sq ? statistic_of("row_sq", *row_sq, a.p, batch) : nullptr;
-  with_half("query", query, [&](auto number) {
+  with_float("query", query, [&](auto number) {
     using T = decltype(number);
-    with_width(a.p, [&](auto width) { forward_of_width<T, decltype(width)::value>(query, a, batch); });
+    with_width(a.p, [&](auto width) {
+      forward_of_width<T, decltype(width)::value>(query, a, batch, std::min<int64_t>(most_queries, a.p.query_slots));
+    });
   });
 }
 

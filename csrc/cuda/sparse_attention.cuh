@@ -173,40 +173,25 @@ struct Terms {
 
   __device__ __forceinline__ Terms(const AttentionProblem& p, int64_t b, int64_t h) : p(p), b(b), h(h) {}
 
-  // Changes the logits of a tile by query row, key row and rank of the key. for_each calls the function it is given with (logit, row,
-  // column, rank) for all that exist; it does so once for each term, so that no element has to ask which terms there are.
-  template <class ForEach>
-  __device__ __forceinline__ void apply(ForEach&& for_each) const {
-    const int64_t first = b * p.mask_batch + h * p.mask_head, row = p.mask_row, column = p.mask_column;
-    if (p.mask == Kind::boolean) {
-      const uint8_t* visible = static_cast<const uint8_t*>(p.mask_data) + first;
-      for_each([&](float& logit, int n, int m, int) {
-        if (!visible[n * row + m * column]) logit = -kInfinity;
-      });
-    } else if (p.mask != Kind::none) {
-      with_number(p.mask, [&](auto number) {
-        const auto* added = static_cast<const decltype(number)*>(p.mask_data) + first;
-        for_each([&](float& logit, int n, int m, int) { logit += to_log2(to_float(added[n * row + m * column])); });
-      });
-    }
-    if (p.rel == Kind::none) return;
-    with_number(p.rel, [&](auto number) {
-      using R = decltype(number);
-      const R *down = p.rel_h.at<R>(b, h), *across = p.rel_w.at<R>(b, h);
-      const int cells = p.rel_height * p.rel_width;
-      for_each([&](float& logit, int n, int, int rank) {
-        if (rank < cells)
-          logit += to_log2(to_float(down[n * p.rel_h.row + rank / p.rel_width]) + to_float(across[n * p.rel_w.row + rank % p.rel_width]));
-      });
-    });
+  // what they add to the logit of a query row and a key row, or of a key of such a rank in a packed sequence; -inf hides it
+  __device__ __forceinline__ float at(int row, int key, int rank) const {
+    float sum = 0.0f;
+    if (p.mask != Kind::none)
+      sum = to_log2(number(p.mask, p.mask_data, b * p.mask_batch + h * p.mask_head + row * p.mask_row + key * p.mask_column));
+    if (p.rel != Kind::none && rank < p.rel_height * p.rel_width)
+      sum += to_log2(number(p.rel, p.rel_h, row, rank / p.rel_width) + number(p.rel, p.rel_w, row, rank % p.rel_width));
+    return sum;
   }
 
  private:
-  template <class F>
-  static __device__ __forceinline__ void with_number(Kind kind, F&& f) {
-    if (kind == Kind::f32) f(float{});
-    if (kind == Kind::bf16) f(bf16{});
-    if (kind == Kind::f16) f(f16{});
+  __device__ __forceinline__ float number(Kind kind, const Grid& grid, int row, int column) const {
+    return number(kind, grid.data, b * grid.batch + h * grid.head + row * grid.row + column);
+  }
+  static __device__ __forceinline__ float number(Kind kind, const void* data, int64_t at) {
+    if (kind == Kind::boolean) return static_cast<const uint8_t*>(data)[at] ? 0.0f : -kInfinity;
+    if (kind == Kind::f32) return static_cast<const float*>(data)[at];
+    if (kind == Kind::bf16) return to_float(static_cast<const bf16*>(data)[at]);
+    return to_float(static_cast<const f16*>(data)[at]);
   }
 };
 

@@ -27,8 +27,10 @@ _library.define(
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, "
     f"Tensor grad_out, Tensor out, Tensor lse, {_PROBLEM}, str isa) -> int"
 )
-# implemented by csrc/cuda/sparse_attention.cu
-_library.define(f"sparse_attention_cuda_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, bool by_row) -> ()")
+# implemented by csrc/cuda/sparse_attention.cu; most_queries: slots that a head or packed sequence has at most, to choose a kernel by
+_library.define(
+    f"sparse_attention_cuda_forward(Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? row_sq, {_PROBLEM}, int most_queries, bool by_row) -> ()"
+)
 
 
 class NativeCPU(NamedTuple):
@@ -58,15 +60,14 @@ class NativeCUDA:
         mask = problem.attn_mask
         if mask is not None and mask.dtype == torch.float64:
             reasons.append("a float64 attn_mask is served by the reference only")
-        if problem.query.dtype == torch.float32:
-            reasons.append("float32 is not served yet")
         if any(name != "attn_mask" for name in needs):
             reasons.append("the backward pass is not written yet")
         return reasons
 
     @staticmethod
     def forward(problem: AttentionProblem, out: Tensor, lse: Tensor, row_sq: Tensor | None, by_row: bool) -> None:
-        torch.ops.tokenops.sparse_attention_cuda_forward.default(out, lse, row_sq, *_native_arguments(problem), by_row)
+        most = lse.shape[2] if problem.max_seqlen_q is None else problem.max_seqlen_q
+        torch.ops.tokenops.sparse_attention_cuda_forward.default(out, lse, row_sq, *_native_arguments(problem), most, by_row)
 
 
 def _native_arguments(p: AttentionProblem) -> tuple[object, ...]:
