@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(kOrderThreads) order_rows(RowOrder p) {
 // ---- mode "exact" ----
 
 struct ExactArguments {
-  AttentionProblem p;        // without lists
-  Grid old_key, old_value;   // as they were in the last frame
-  Grid out;                  // [B, H, N, Dv]
-  float* output;             // [B, H, N, Dv]; these four are the state's sums, replaced
+  AttentionProblem p;             // without lists
+  Grid old_key, old_value;        // as they were in the last frame
+  Grid out;                       // [B, H, N, Dv]
+  float* output;                  // [B, H, N, Dv]; these four are the state's sums, replaced
   float *maximum, *total, *peak;  // [B, H, N]
   const int32_t *order, *fresh;   // see RowOrder; null: every row afresh
   const int32_t* cells;           // [1|B, J]
@@ -144,8 +144,8 @@ struct Keys {
 
 // A warp's logits with a tile of keys in units of log2, -inf where there is no key.
 template <class Shape>
-__device__ __forceinline__ void find_logits(Products<Shape>& products, const AttentionProblem& p, int b, int h, const int32_t* ids,
-                                            const typename Shape::T* keys, const int (&rows)[Products<Shape>::kRows]) {
+__device__ __forceinline__ void find_logits(Products<Shape>& products, typename Shape::Team& shared, const AttentionProblem& p, int b,
+                                            int h, const int32_t* ids, const typename Shape::T* keys) {
   using P = Products<Shape>;
   products.multiply_keys(keys);
 #pragma unroll
@@ -154,16 +154,20 @@ __device__ __forceinline__ void find_logits(Products<Shape>& products, const Att
     // rounded before a maximum is subtracted, or the same logit at two maxima would be rounded in two ways
     for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = __fmul_rn(products.logit(r, k), p.scale);
   if constexpr (Shape::kMasked) {
-    Terms(p, b, h).apply([&](auto&& change) {
+    // by way of shared memory: neighbouring lanes read neighbouring keys
+    const Terms terms(p, b, h);
+    const int first = warp_id() * Shape::kWarpRows;
+    float* const added = shared.weights + first * Shape::kWeightPitch;
+#pragma unroll 4
+    for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
+      const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
+      added[r * Shape::kWeightPitch + k] = row >= 0 && names(id, p.keys) ? terms.at(row, id, id) : 0.0f;
+    }
+    __syncwarp();
 #pragma unroll
-      for (int k = 0; k < P::kKeys; ++k) {
-        const int column = ids[products.key(k)];
-        if (!names(column, p.keys)) continue;
+    for (int r = 0; r < P::kRows; ++r)
 #pragma unroll
-        for (int r = 0; r < P::kRows; ++r)
-          if (rows[r] >= 0) change(products.logit(r, k), rows[r], column, column);
-      }
-    });
+      for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
   }
 #pragma unroll
   for (int k = 0; k < P::kKeys; ++k)
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_exact(ExactArgument
                                                           p.rows, threadIdx.x);
 
   P products(shared, warp_id());
-  int rows[P::kRows];                         // of the grid, or -1
+  int rows[P::kRows];                        // of the grid, or -1
   float highest[P::kRows], total[P::kRows];  // the sum of totals over the lanes of a row counts
   bool afresh[P::kRows];
   const bool leads = lane_id() % P::kLanes == 0;
@@ -301,7 +305,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_exact(ExactArgument
       if (!busy) return;
       if (!started) products.start();
       started = true;
-      find_logits<Shape>(products, p, b, h, ids, tile_keys, rows);
+      find_logits<Shape>(products, shared, p, b, h, ids, tile_keys);
 #pragma unroll
       for (int r = 0; r < P::kRows; ++r) {
         if (gone) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tokenops.reference import delta_matmul as reference
 from tokenops.types import (
     DeltaAttentionProblem,
     DeltaGate,
+    DeltaState,
     GateBackwardProblem,
     GateGradients,
     GateProblem,
@@ -44,6 +46,21 @@ _library.define(
     "delta_matmul_cuda_linear(Tensor(a!) out, Tensor(b!)? normalized, Tensor(c!)? hidden, Tensor x, Tensor index, Tensor weight, "
     f"Tensor? bias, {_NORM}, str activation, Tensor? weight_2, Tensor? bias_2, bool into) -> ()"
 )
+# order [B, N]: rows to compute afresh, then the others; fresh [B]: how many those are; marks [B, N] bytes are scratch
+_library.define(
+    "delta_matmul_cuda_order(Tensor(a!) order, Tensor(b!) fresh, Tensor(c!) marks, Tensor rows, Tensor cells, Tensor turn, int keys, "
+    "int slice_rows, int most) -> ()"
+)
+# without an order every row is computed afresh
+_library.define(
+    "delta_matmul_cuda_exact(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor? order, Tensor? fresh, Tensor? cells, "
+    "Tensor? rel_h, Tensor? rel_w, float scale, float guard, Tensor(b!) output, Tensor(c!) old_value, Tensor(d!) old_key, "
+    "Tensor(e!) maximum, Tensor(f!) total, Tensor(g!) peak) -> ()"
+)
+_library.define(
+    "delta_matmul_cuda_replace(Tensor(a!) old_value, Tensor(b!)? old_key, Tensor(c!)? turn, Tensor key, Tensor value, Tensor cells, "
+    "int turns) -> ()"
+)
 
 # sums over all rows are cut into so many, at most: the same on every device
 _STRIPS = 64
@@ -54,9 +71,10 @@ class NativeCUDA:
 
     def objections(self, problem: Any, **_: Any) -> list[str]:
         """What these kernels, beyond what no compiled kernel of this room serves, do not serve."""
-        if isinstance(problem, DeltaAttentionProblem):
-            return ["not written yet"]
-        return []
+        if not isinstance(problem, DeltaAttentionProblem):
+            return []
+        widths = {"D": problem.query.shape[3], "Dv": problem.value.shape[3]}
+        return [f"{name} must be at most 128, got {width}" for name, width in widths.items() if width > 128]
 
     def gate(self, problem: GateProblem, new: DeltaGate) -> None:
         p, norm = problem, (problem.norm_weight, problem.norm_bias, problem.norm_eps)
@@ -147,3 +165,36 @@ class NativeCUDA:
             move(grad_buffer, None, index, False)
         if grad_rows is not None:
             move(grad_rows, grad_out, index, True)
+
+    def attention(self, problem: DeltaAttentionProblem, state: DeltaState, out: Tensor) -> None:
+        assert state.key is not None
+        assert state.turn is not None
+        p = problem
+        batch, _, tokens, _ = p.query.shape
+        # so many rows are computed afresh in a frame, and so many frames pass until all had their turn
+        rows = -(-tokens // p.refresh) if p.refresh else 0
+        turns = -(-tokens // rows) if rows else 1
+        order, fresh = None, None
+        if p.rows is not None and p.cells is not None:
+            order, fresh = p.rows.new_empty((batch, tokens)), p.rows.new_empty(batch)
+            marks = p.rows.new_empty((batch, tokens), dtype=torch.uint8)
+            keys = p.key.shape[2]
+            # infinity is a crossover, too
+            most = math.floor(min(p.crossover, 1.0) * keys)
+            torch.ops.tokenops.delta_matmul_cuda_order.default(order, fresh, marks, p.rows, p.cells, state.turn, keys, rows, most)
+        sums = (state.output, state.value, state.key, state.maximum, state.total, state.peak)
+        torch.ops.tokenops.delta_matmul_cuda_exact.default(
+            out, p.query, p.key, p.value, order, fresh, p.cells, p.rel_h, p.rel_w, p.scale, p.guard, *sums
+        )
+        self._replace(p, state, turns)
+
+    def _replace(self, problem: DeltaAttentionProblem, state: DeltaState, turns: int) -> None:
+        """What the frame's cells are, for the next frame; and whose turn it is then."""
+        if problem.cells is not None:
+            cells = (problem.key, problem.value, problem.cells)
+            torch.ops.tokenops.delta_matmul_cuda_replace.default(state.value, state.key, state.turn, *cells, turns)
+            return
+        state.value.copy_(problem.value)
+        if state.key is not None and state.turn is not None:
+            state.key.copy_(problem.key)
+            state.turn.zero_()
