@@ -92,6 +92,41 @@ void exact(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor or
   });
 }
 
+template <class Shape, bool Cast>
+void launch_paper(const Tensor& on, PaperArguments a, int64_t heads) {
+  a.blocks = (a.p.rows + Shape::kRows - 1) / Shape::kRows;
+  launch(on, attention_paper<Shape, Cast>, a.blocks * heads, Shape::kThreads, sizeof(typename Shape::Shared), a);
+}
+
+// without cells it is a first frame
+void paper(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor cells, OptionalTensor rel_h, OptionalTensor rel_w,
+           double scale, Tensor output, Tensor old_value, Tensor probability) {
+  PaperArguments a{};
+  a.p = problem_of(query, key, value, {}, {}, {}, {}, rel_h, rel_w, {}, {}, false, scale);
+  const ScalarType dtype = query.scalar_type(), stored = old_value.scalar_type();
+  const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2), keys = key.size(2), width = value.size(3);
+  check_size("key", key, 1, heads);
+  a.old_value = rows_of_state("state.value", old_value, stored, batch, heads, keys, width);
+  a.out = rows_of_state("out", out, dtype, batch, heads, tokens, width);
+  a.output = static_cast<float*>(rows_of_state("state.output", output, ScalarType::Float, batch, heads, tokens, width).data);
+  a.probability = part_of_state("state.probability", probability, stored, {batch, heads, keys, tokens});
+  if (cells) {
+    a.cells = ids_of("cells", *cells, batch);
+    a.cells_sample = broadcast_stride(*cells, 0);
+    a.changed = size_of("cells", cells->size(1));
+  }
+  a.token = kind_of("query", query);
+  a.stored = kind_of("state.value", old_value);
+  with_width(a.p, [&](auto head_width) {
+    constexpr int kWidth = decltype(head_width)::value;
+    // what is stored in another type than the tokens' is computed in float32, with which all of them agree
+    if (dtype != stored) return launch_paper<ForwardShape<float, kWidth, 4, 1, 32, 2, true>, true>(query, a, batch * heads);
+    with_float("query", query, [&](auto number) {
+      launch_paper<ForwardShape<decltype(number), kWidth, 4, 1, 32, 2, true>, false>(query, a, batch * heads);
+    });
+  });
+}
+
 // the listed cells of the state, which in mode "paper" has values only, of the type that it stores; and the next of so many turns
 void replace(Tensor old_value, OptionalTensor old_key, OptionalTensor turn, Tensor key, Tensor value, Tensor cells, int64_t turns) {
   CellReplacement p{};
@@ -127,6 +162,7 @@ void replace(Tensor old_value, OptionalTensor old_key, OptionalTensor turn, Tens
 TOKENOPS_CUDA_OPERATORS(m) {
   m.impl("delta_matmul_cuda_order", TORCH_BOX(&order));
   m.impl("delta_matmul_cuda_exact", TORCH_BOX(&exact));
+  m.impl("delta_matmul_cuda_paper", TORCH_BOX(&paper));
   m.impl("delta_matmul_cuda_replace", TORCH_BOX(&replace));
 }
 

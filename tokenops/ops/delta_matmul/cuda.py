@@ -57,6 +57,11 @@ _library.define(
     "Tensor? rel_h, Tensor? rel_w, float scale, float guard, Tensor(b!) output, Tensor(c!) old_value, Tensor(d!) old_key, "
     "Tensor(e!) maximum, Tensor(f!) total, Tensor(g!) peak) -> ()"
 )
+# without cells it is a first frame
+_library.define(
+    "delta_matmul_cuda_paper(Tensor(a!) out, Tensor query, Tensor key, Tensor value, Tensor? cells, Tensor? rel_h, Tensor? rel_w, "
+    "float scale, Tensor(b!) output, Tensor(c!) old_value, Tensor(d!) probability) -> ()"
+)
 _library.define(
     "delta_matmul_cuda_replace(Tensor(a!) old_value, Tensor(b!)? old_key, Tensor(c!)? turn, Tensor key, Tensor value, Tensor cells, "
     "int turns) -> ()"
@@ -167,7 +172,12 @@ class NativeCUDA:
             move(grad_rows, grad_out, index, True)
 
     def attention(self, problem: DeltaAttentionProblem, state: DeltaState, out: Tensor) -> None:
-        assert state.key is not None
+        if state.probability is not None:
+            kept = (state.output, state.value, state.probability)
+            rest = (problem.cells, problem.rel_h, problem.rel_w, problem.scale)
+            torch.ops.tokenops.delta_matmul_cuda_paper.default(out, problem.query, problem.key, problem.value, *rest, *kept)
+            self._replace(problem, state, 1)
+            return
         assert state.turn is not None
         p = problem
         batch, _, tokens, _ = p.query.shape
