@@ -273,13 +273,13 @@ def _memory_words(touched: int) -> str:
 
 @cli.command(short_help="Models that leave tokens out of a video, beside their dense twins.")
 @click.option("--video", "video_path", type=click.Path(), help="Any film.  [default: an excerpt of Big Buck Bunny]")
-@click.option("--model", type=click.Choice(["all", "haltingvt", "eventful", "vidtr"]), default="all", show_default=True)
+@click.option("--model", type=click.Choice(["all", "haltingvt", "eventful", "vidtr", "sttm", "tome"]), default="all", show_default=True)
 @click.option(
     "--size",
     type=click.Choice(["small", "published"]),
     default="small",
     show_default=True,
-    help="small: a minute in all; published: the papers' widths, some minutes (of ViTDet three blocks).",
+    help="small: some minutes in all, and curves over settings; published: the papers' sizes, many minutes (of ViTDet a few blocks).",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every contender.  [default: torch's own]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -293,7 +293,7 @@ def _memory_words(touched: int) -> str:
     help="Write them here.",
 )
 def demo(video_path: str | None, model: str, size: str, threads: int | None, device: str, seconds: float, folder: Path) -> None:
-    """Run HaltingVT, an Eventful Transformer and C-VidTr on a video, beside the dense transformers that they save on.
+    """Run HaltingVT, an Eventful Transformer, C-VidTr, STTM and ToMe on a video, beside the dense transformers that they save on.
 
     
     fewer operations   how many times fewer multiply-adds than the dense twin

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .record import Record, comparable
 
@@ -12,19 +13,22 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 
 
+class Point(NamedTuple):
+    """A model at one of its settings, beside its dense twin."""
+
+    setting: str
+    operations: float  # a share of the twin's
+    time: float  # a share of the twin's
+    difference: float  # of the output, relative
+
+
 class ChartError(Exception):
     """A chart that cannot be drawn, with the reason."""
 
 
 def draw(run: Record, path: Path) -> None:
     """Ratios of the run's first contender of ours; a panel for all cases that share peers."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ChartError("--chart needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
+    plt = pyplot("--chart")
     lines = [(case, mine) for case in run["cases"] for mine in case["contenders"] if mine["ours"] and mine.get("faster_than")]
     if not lines:
         raise ChartError("no case has a ratio, so there is nothing to draw")
@@ -50,13 +54,52 @@ def draw(run: Record, path: Path) -> None:
     place = env["cpu"] if env["device"] == "cpu" else env["device"]
     conditions = f"{place}, {env['threads']} threads, torch {env['torch']}, {env['date'][:10]}"
     figure.suptitle(f"{name}: times faster than ...  ({conditions})", fontsize=10)
+    save(figure, path)
+
+
+def draw_curves(curves: Mapping[str, Sequence[Point]], path: Path, title: str) -> None:
+    """How far each model's output is from its dense twin's, against what it takes: multiply-adds, and time."""
+    plt = pyplot("a picture")
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(10.4, 4.6), layout="constrained")
+    for axes, field, heading in zip(panels, ("operations", "time"), ("multiply-adds", "time"), strict=True):
+        for at, (name, points) in enumerate(curves.items()):
+            points = sorted(points, key=lambda point: point.operations)
+            x, y = ([getattr(point, part) for point in points] for part in (field, "difference"))
+            axes.plot(x, y, marker=MARKS[at % len(MARKS)], color=COLOURS[at % len(COLOURS)], label=name, linewidth=1.2, markersize=5)
+            for point in points:
+                place = (getattr(point, field), point.difference)
+                axes.annotate(point.setting, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color="#444444")
+        axes.axvline(1.0, color="#444444", linewidth=1)
+        axes.set_xlim(left=0.0)
+        axes.set_xlabel(f"{heading}, as a share of the dense twin's", fontsize=9)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.tick_params(labelsize=8)
+    panels[0].set_ylim(bottom=0.0)
+    panels[0].set_ylabel("relative difference of the output from the dense twin's", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def pyplot(what: str) -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ChartError(f"{what} needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         # ValueError: a file ending that matplotlib does not know
         raise ChartError(f"cannot write {str(path)!r}: {error}") from error
     finally:
-        plt.close(figure)
+        pyplot("a picture").close(figure)
 
 
 def _draw_panel(axes: Any, lines: list[tuple[Record, Record]], width: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,20 +14,23 @@ from rich.table import Table
 from rich.text import Text
 
 from . import harness, models, picture, table
-from .chart import ChartError
+from .chart import ChartError, Point, draw_curves
 from .harness import Outcome, Request
 
-STEPS = 3  # of each case: making it ready, timing, pictures
+STEPS = 4  # of each case: making it ready, timing, pictures, other settings
+OTHERS = 4  # times shorter than for the case itself are other settings timed
+CURVES = "curves.png"
 
 
 def run(out: Console, cases: Sequence[models.Case], request: Request, seconds: float, folder: Path, source: str) -> bool:
-    """Whether all results were right."""
+    """Whether all results were right. Models of the demo's size are run with other settings too, for curves."""
     clock, threads, right = harness.clock_for(request.device), torch.get_num_threads(), True
     out.print(f"video     {source}; random weights, so the pictures show how tokens are left out, not that these are the right ones")
     out.print(f"clock     {clock.conditions}; {threads} threads, float32; each result is checked against its definition in float64")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("", total=STEPS * len(cases))
+        curves: dict[str, list[Point]] = {}
         for case in cases:
             progress.update(bar, description=f"{case.name}: weights and clips")
             trial, report = models.prepared(case, request)
@@ -42,7 +46,43 @@ def run(out: Console, cases: Sequence[models.Case], request: Request, seconds: f
                 out.print(line, soft_wrap=True)
             progress.advance(bar)
             right = right and all(outcome.status == "ok" for outcome in outcomes)
+            if not (case.small and right):
+                progress.advance(bar)
+                continue
+            curves[case.name] = [_point(case, report, outcomes)]
+            others = models.other_settings(case)
+            for other in others:
+                progress.update(bar, description=f"{case.name}: {models.setting(other)}", advance=1 / len(others))
+                trial, report = models.prepared(other, request)
+                # the dense twin is the same, and timed again: the machine may have become slower
+                two = trial._replace(
+                    contenders=[contender for contender in trial.contenders if contender.name in (models.MODEL, models.SDPA)]
+                )
+                outcomes = harness.measure(two, other.dtype, clock, seconds / OTHERS, threads).outcomes
+                if all(outcome.status == "ok" for outcome in outcomes):
+                    curves[case.name].append(_point(other, report, outcomes))
+                else:
+                    right = False
+    if curves:
+        out.print()
+        title = f"{source}: the same models leaving out more or less, beside {models.SDPA}; {threads} threads, random weights"
+        out.print(_drawn(partial(draw_curves, curves, folder / CURVES, title), folder / CURVES), soft_wrap=True)
     return right
+
+
+def _point(case: models.Case, report: models.Report, outcomes: Sequence[Outcome]) -> Point:
+    [ours] = [outcome.faster_than for outcome in outcomes if outcome.ours]
+    assert ours is not None
+    operations = report.subject.cost.total / report.subject.dense.total
+    return Point(models.setting(case), operations, 1.0 / ours[models.SDPA].median, sum(report.differences) / len(report.differences))
+
+
+def _drawn(draw: Callable[[], None], path: Path) -> Text:
+    try:
+        draw()
+    except ChartError as error:
+        return Text(f"  no picture: {error}", style="yellow")
+    return Text(f"  picture: {path}")
 
 
 def times(case: models.Case, report: models.Report, outcomes: Sequence[Outcome]) -> Table:
@@ -98,9 +138,5 @@ def remarks(report: models.Report, outcomes: Sequence[Outcome]) -> Iterator[Text
 def pictures(case: models.Case, report: models.Report, folder: Path, source: str) -> Iterator[Text]:
     for name, panels in report.subject.panels().items():
         path = folder / f"{case.name}-{name}.png"
-        try:
-            picture.draw(panels, path, f"{case.name} on {source}: {models.TITLES[case.model][name]}")
-        except ChartError as error:
-            yield Text(f"  no picture: {error}", style="yellow")
-            return
-        yield Text(f"  picture: {path}")
+        title = f"{case.name} on {source}: {models.TITLES[case.model][name]}"
+        yield _drawn(partial(picture.draw, panels, path, title), path)

@@ -14,8 +14,7 @@ from torch import Tensor
 import tokenops
 from tokenops.types import MergePlan
 
-from . import video
-from .chart import ChartError
+from . import chart, video
 from .delta_matmul import NOTICED
 
 PATCH = 8  # pixels: 28 x 28 tokens, small enough for clusters to have shapes
@@ -27,6 +26,7 @@ PLACE = 0.3
 CONSTANT = 3.0
 
 SHOWN = 4  # frames in a row
+TINT = 0.4  # how much of a patch is the colour of its group
 DIMMED = 0.3  # how bright tokens are that were not sent on
 
 
@@ -105,15 +105,19 @@ def shaded(image: Tensor, share: Tensor, title: str) -> Panel:  # [height, width
     return Panel(image * bright[..., None], share, title)
 
 
-def draw(panels: list[Panel], path: Path, title: str) -> None:
-    try:
-        import matplotlib
+def tinted(image: Tensor, member: Tensor, title: str) -> Panel:  # [height, width, 3], [rows, columns] int
+    """An image whose patches have the colours of their groups, the same in every picture, with lines between groups."""
+    # hues that follow each other by the golden ratio: neighbouring numbers are far apart, and no two alike
+    hue = (member.double() * 0.618034).frac()[..., None] * 6.0
+    colour = ((hue + torch.tensor([0.0, 4.0, 2.0])).remainder(6.0) - 3.0).abs().sub(1.0).clamp(0.0, 1.0).float()
+    wide = F.interpolate(colour.permute(2, 0, 1)[None], image.shape[:2], mode="nearest")[0].permute(1, 2, 0)
+    return Panel(image.mean(-1, keepdim=True) * (1.0 - TINT) + wide * TINT, member, title)
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.collections import LineCollection
-    except ImportError:
-        raise ChartError("a picture needs matplotlib; install it with: pip install 'tokenops[bench]'") from None
+
+def draw(panels: list[Panel], path: Path, title: str) -> None:
+    plt = chart.pyplot("a picture")
+    from matplotlib.collections import LineCollection
+
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.7), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         rows, columns = panel.image.shape[:2] if panel.member is None else panel.member.shape
@@ -123,12 +127,7 @@ def draw(panels: list[Panel], path: Path, title: str) -> None:
         axis.set_title(panel.title, fontsize=10)
         axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ChartError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        plt.close(figure)
+    chart.save(figure, path)
 
 
 def borders(member: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -141,7 +141,7 @@ def _match_merge(case: Case, inputs: Inputs, request: Request) -> Trial:
             ),
             *_match_merge_peers(case, inputs, request, judged),
         ],
-        expected=lambda: _as_judged(exact, plan.slot, *_means(exact, plan.slot, plan.n_out)),
+        expected=lambda: _as_judged(exact, plan.slot, *means(exact, plan.slot, plan.n_out)),
         names=("similarities of merged pairs", "rows left", "rows", "sizes"),
         cost=Cost(reference.match_flops(problem), inputs.metric.nbytes + reference.merge_bytes(inputs.tokens, plan, inputs.size)),
         backends=_objections({"metric": inputs.metric}),
@@ -158,8 +158,8 @@ def _as_judged(exact: Inputs, slot: Tensor, rows: Tensor, sizes: Tensor) -> Resu
 def _judged(exact: Inputs, results: Results, right: MergePlan) -> Results:
     """Results that equal those of the plan ``right`` if the contender's own plan is as good, and its rows are the means of that plan."""
     rows, sizes, slot = results
-    own_rows, own_sizes = _means(exact, slot, rows.shape[1])
-    right_rows, right_sizes = _means(exact, right.slot, right.n_out)
+    own_rows, own_sizes = means(exact, slot, rows.shape[1])
+    right_rows, right_sizes = means(exact, right.slot, right.n_out)
     return _as_judged(exact, slot, right_rows + (rows - own_rows), right_sizes + (sizes - own_sizes))
 
 
@@ -177,7 +177,7 @@ def _targets(slot: Tensor) -> Tensor:  # [B, sources] int64
     return owner.gather(1, slot[:, ::2].long())
 
 
-def _means(exact: Inputs, slot: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
+def means(exact: Inputs, slot: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
     """Rows [B, n_out, C] and sizes [B, n_out, 1] that a plan asks for; zero where a row has no member."""
     batch, _, channels = exact.tokens.shape
     row = (slot + n_out * torch.arange(batch, device=slot.device)[:, None]).flatten()
@@ -208,9 +208,10 @@ def _match_merge_peers(case: Case, inputs: Inputs, request: Request, judged: Cal
         return
 
     def canonical(results: Results) -> Results:
-        return judged((*results[:2], _slots(Split(*results[2:]), case.tokens)))
+        return judged((*results[:2], slots(Split(*results[2:]), case.tokens)))
 
-    usual = partial(_torch_match_merge, case)
+    assert case.r is not None
+    usual = partial(torch_match_merge, r=case.r, class_token=case.class_token)
     yield Contender("torch", bind(usual, inputs, (), False), canonical=canonical, note=USUAL)
     yield Contender("torch, by rows", bind(partial(_torch_match_merge_rows, case), inputs, (), False), canonical=canonical, note=BY_ROWS)
     yield compiled_peer(request, usual, inputs, canonical)
@@ -221,7 +222,7 @@ def _wide(index: Tensor, grid: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, grid.shape[2])
 
 
-def _slots(split: Split, tokens: int) -> Tensor:  # [B, N]
+def slots(split: Split, tokens: int) -> Tensor:  # [B, N]
     """The peers' rows: the sources that stay, then all destinations."""
     stays = split.stay.shape[1]
     slot = _slots_of_destinations(split.stay, tokens, stays)
@@ -252,11 +253,12 @@ def _best_partners(metric: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
     return best, partner
 
 
-def _torch_match_merge(case: Case, tokens: Tensor, metric: Tensor, size: Tensor) -> Results:
-    best, partner = _best_partners(metric, case.class_token)
+def torch_match_merge(tokens: Tensor, metric: Tensor, size: Tensor, *, r: int, class_token: bool) -> Results:
+    """Rows, their sizes, and the ``Split``."""
+    best, partner = _best_partners(metric, class_token)
     order = best.argsort(-1, descending=True)
-    leave, stay = order[:, : case.r], order[:, case.r :]
-    if case.class_token:
+    leave, stay = order[:, :r], order[:, r:]
+    if class_token:
         # the class token comes first again
         stay = stay.sort(-1).values
     split = Split(stay, leave, partner.gather(1, leave))

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tokenops
@@ -145,9 +146,14 @@ def position_bias(
     """
 
     def table(name: str, size: int, side: int, cell: int) -> Tensor:  # [size, side / cell, D]
-        at = torch.arange(side, device=query.device)
-        rows = weights[f"relative_position.{name}"][at[:, None] - at[None] + side - 1].unflatten(1, (-1, cell)).mean(2)
-        return rows[torch.arange(size, device=query.device) % side]
+        learned = weights[f"relative_position.{name}"]
+        own = (len(learned) + 1) // 2
+        at = torch.arange(own, device=query.device)
+        rows = learned[at[:, None] - at[None] + own - 1]
+        if own != side:
+            # of another grid: published is an image of both places that is resized, not the list of distances
+            rows = F.interpolate(rows.movedim(2, 0)[None], (side, side), mode="bicubic", align_corners=False)[0].movedim(0, 2)
+        return rows.unflatten(1, (-1, cell)).mean(2)[torch.arange(size, device=query.device) % side]
 
     sizes = zip(("y_embedding", "x_embedding"), grid, window or grid, pool or (1, 1), strict=True)
     of_rows, of_columns = (table(*each) for each in sizes)

@@ -57,7 +57,8 @@ class Oracle:
 
     def choose(self, change: Tensor) -> Tensor:
         [(how, limit)] = self.options.choice.items()
-        norms = change.pow(self.options.order).sum(-1).pow(1.0 / self.options.order)
+        order = self.options.order
+        norms = change.amax(-1) if math.isinf(order) else change.pow(order).sum(-1).pow(1.0 / order)
         if how == "threshold":
             self.margin = min(self.margin, (norms - limit).abs().min().item())
             return (norms > limit).nonzero().flatten()

@@ -1,8 +1,8 @@
 """The first hour on a GPU, in minutes: ``make gpu-test``.
 
-In this order, each in processes of its own: one tile of a matrix product, which says whether the emulator had the layouts of the instructions
-right; the tests of every operation on both GPU backends, files beside each other; then compute-sanitizer over a few calls of every operation.
-What fails does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
+In this order, each in processes of its own: one tile of a matrix product, which says whether the emulator has its instructions right;
+the tests of every operation on both GPU backends, files beside each other; compute-sanitizer over calls of every operation. What fails does
+not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
 """
 
 from __future__ import annotations

@@ -486,6 +486,25 @@ def test_refusals_of_a_frame() -> None:
 # what a frame costs
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "tensors"),
+    [("vitdet_b_1024", 4096, 169), ("vitdet_b_672", 1764, 169), ("vivit_b_k400", 197, 145), ("vivit_b_epic100", 401, 145)],
+)
+def test_presets(name: str, tokens: int, tensors: int) -> None:
+    """As many entries as released; a first frame's multiply-adds in linear layers, products and position tables."""
+    with torch.device("meta"):
+        model = EventfulBackbone(EventfulBackbone.PRESETS[name])
+    assert len(model.state_dict()) == tensors
+    counted = model.counters()
+    assert counted["linear_flops"] == 12 * 12 * 768**2 * tokens
+    if name.startswith("vitdet"):
+        side, windows = int(tokens**0.5), math.ceil(tokens**0.5 / 14) ** 2
+        assert counted["matmul_flops"] == 768 * (4 * 2 * tokens**2 + 8 * 2 * windows * 196**2)
+        assert counted["einsum_flops"] == 768 * (4 * 2 * tokens * side + 8 * windows * 196 * 28)
+    else:
+        assert counted["matmul_flops"] == 768 * 12 * 2 * tokens**2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("chosen", [None, 7])
 @pytest.mark.parametrize("variant", ["EventfulBlock", "Tokenwise", "Matmul1", "exact, pooled, position bias", "windows that do not fit"])
@@ -512,7 +531,8 @@ def test_multiply_adds_of_windows_and_cells_that_changed() -> None:
     lists = torch.tensor([[0, 3, -1, 22]])
     indices = {f"blocks.0.{gate}": lists for gate in NAMES.values()}
     _, state = windowed(x, windowed(x)[1], indices)
-    linear, bias_terms = 3 * 16 * 16 * 8, 48 * 16 * (3 + 4)
+    # position terms are those of the chosen queries
+    linear, bias_terms = 3 * 16 * 16 * 8, 3 * 16 * (3 + 4)
     assert windowed.flops(state).total == linear + bias_terms + 2 * (2 * 12) * 12 * 16
     for ids, cells in (([0, 1, 6], 1), ([0, 3, 22], 3)):
         indices = {f"blocks.0.{gate}": torch.tensor([ids]) for gate in NAMES.values()}

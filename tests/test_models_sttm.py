@@ -234,6 +234,23 @@ def test_it_learns_in_blocks_of_other_libraries(blocks: str, mode: str) -> None:
 
 
 @torch.no_grad()
+def test_timm() -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    model, x = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval(), torch.randn(2, 3, 64, 64)
+    with attach_sttm(model, (1,), grid=(1, 4, 4), windows=1, meta_tokens=5):
+        assert model.forward_features(x).shape == (2, 1 + 5, 192)
+
+
+@torch.no_grad()
+def test_transformers() -> None:
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
+    model = transformers.VideoMAEModel(transformers.VideoMAEConfig(**sizes, patch_size=8, num_frames=4)).eval()
+    with attach_sttm(model, (1,), grid=(2, 4, 4), windows=2, meta_tokens=5):
+        assert model(torch.randn(2, 4, 3, 32, 32)).last_hidden_state.shape == (2, 2 * 5, 32)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_a_sample_alone_and_compiled(mode: str) -> None:
     torch.compiler.reset()

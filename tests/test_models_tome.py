@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_close
-from test_models_conversion import BLOCKS, Classifier, TimmBlock
+from test_models_conversion import BLOCKS, Classifier, TimmAttention, TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tokenops
-from tokenops.models import attach_tome
+from tokenops.models import attach, attach_tome
 from tokenops.models.attach import OpenBlock
-from tokenops.models.blocks import Block
+from tokenops.models.blocks import Block, fused_mlp
 from tokenops.models.tome import flops, match_keys, token_counts
 
 GOLDEN: dict[str, Any] = torch.load(Path(__file__).parent / "data" / "tome.pt")
@@ -280,6 +280,57 @@ def test_queries_and_keys_may_be_normalised() -> None:
     want = model(x)
     with attach_tome(model, 0):
         torch.testing.assert_close(model(x), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", ["timm", "transformers 5"])
+def test_layers_run_as_one_unless_somebody_listens(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on a layer is called with what the layer gets, and may change what it gives."""
+    calls = []
+    monkeypatch.setattr(attach, "fused_mlp", lambda *a: calls.append(a) or fused_mlp(*a))
+    model, x = Classifier(BLOCKS[blocks](), BLOCKS[blocks]()).eval(), torch.randn(2, 12, 16)
+    with attach_tome(model, 2):
+        calls.clear()
+        want = model(x)
+        assert len(calls) == 2
+        heard = []
+        hook = model.blocks[0].mlp.fc1.register_forward_hook(lambda layer, given, out: heard.append(given[0].shape))
+        torch.testing.assert_close(model(x), want)
+        assert heard == [(2, 11, 16)]
+        assert len(calls) == 3
+        hook.remove()
+        with model.blocks[0].mlp.fc2.register_forward_hook(lambda layer, given, out: out + 1.0):
+            assert not torch.allclose(model(x), want)
+        attention = model.blocks[0].attn if blocks == "timm" else model.blocks[0].attention
+        with (attention.qkv if blocks == "timm" else attention.k_proj).register_forward_hook(lambda layer, given, out: out * 2.0):
+            assert not torch.allclose(model(x), want)
+        with torch.enable_grad():
+            torch.testing.assert_close(model(x), want)
+        assert len(calls) == 5
+
+
+def test_dropout_at_work_drops() -> None:
+    block = TimmBlock()
+    block.mlp.drop1 = nn.Dropout(0.5)
+    model, x = Classifier(block), torch.randn(2, 12, 16)
+    with torch.no_grad(), attach_tome(model, 2):
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+class BiasedAttention(TimmAttention):
+    """BEiT's: a bias for each pair of tokens, of which there must be as many as it was made for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(13, 1)
+
+
+def test_a_block_for_one_number_of_tokens_is_refused() -> None:
+    block = TimmBlock()
+    block.attn = BiasedAttention(16, 2)
+    with pytest.raises(ValueError, match="TimmBlock must be a block of norm, attention, norm and MLP, for any number of tokens: The size"):
+        attach_tome(Classifier(block), 2)
 
 
 def test_timm() -> None:

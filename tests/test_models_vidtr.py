@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenops.models import CompactVidTr, TopKStd, VidTr, VidTrConfig
 from tokenops.models.blocks import load_strictly, read_checkpoint, renamed
-from tokenops.models.vidtr import SeparableAttention, gather_rows, preprocess, sample_frames
+from tokenops.models.vidtr import preprocess, sample_frames
+from tokenops.models.vidtr_block import SeparableAttention, gather_rows
 
 HEADS = 3
 GOLDEN = torch.load(Path(__file__).parent / "data" / "vidtr.pt", weights_only=True)["attn"]
@@ -63,7 +65,7 @@ def test_attention_of_the_release(case: dict[str, Any], dtype: torch.dtype, tole
         # the release's module hands its class token through
         got, kept = module(x[:, 1:], case["T"])
         got = torch.cat([x[:, :1], got], dim=1)
-        kept = official_order(kept.unflatten(1, (-1, case["heads"])))
+        kept = official_order(kept)
         assert torch.equal(kept.flatten(0, 2).long(), case["idx"])
     assert_near(got, want, tolerance)
 
@@ -80,7 +82,7 @@ def test_pooled_attention_is_the_definition(granularity: str, resoftmax: bool, k
     )
     got, kept = module(x, 5)
     want, chosen = oracle.separable(state, at, x.transpose(0, 1), 5, HEADS, oracle.Pool(2, keep_class, resoftmax, granularity))
-    assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
+    assert torch.equal(official_order(kept).long(), chosen)
     assert_near(got, want.transpose(0, 1))
     weight = noise(*got.shape, seed=6)
     assert_near(*(torch.autograd.grad(out, x, weight)[0] for out in (got, want.transpose(0, 1))))
@@ -188,7 +190,7 @@ def test_a_nearly_still_clip_keeps_the_right_frames(dtype: torch.dtype) -> None:
     _, chosen = oracle.separable(state, at, x.transpose(0, 1), 8, HEADS, oracle.Pool(2))
     module = attention(renamed({k: v for k, v in state.items() if k.startswith(at)}, [(at, "")]), pool=TopKStd(2))
     _, kept = module.to(dtype)(x.to(dtype), 8)
-    assert torch.equal(official_order(kept.unflatten(1, (-1, HEADS))).long(), chosen)
+    assert torch.equal(official_order(kept).long(), chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -304,6 +306,37 @@ def test_reads_a_checkpoint_file(tmp_path: Path) -> None:
     assert torch.equal(compact(torch.load(tmp_path / "best.pth", weights_only=True))(clip), want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [VidTr, CompactVidTr])
+def test_from_an_image_model(kind: type[VidTr] | type[CompactVidTr]) -> None:
+    pooling: dict[str, Any] = {} if kind is VidTr else {"pool_layers": (0,), "pools": (TopKStd(1),)}
+    config = VidTrConfig(3, 12, 1, 24, 2, HEADS, 48, 7, **pooling)
+    made = kind(config).state_dict()
+    image = {name.replace("patch_embed.", "patch_embed.proj."): x for name, x in made.items() if not name.startswith("cls")}
+    image |= {"pos_embed": noise(1, 5, 24).float(), "cls_token": noise(1, 1, 24, seed=6).float()}
+    image |= {"patch_embed.proj.weight": made["patch_embed.weight"][:, :, 0], "head.weight": torch.zeros(21843, 24)}
+    del image["head.bias"]
+    model = kind.from_vit(image, config)
+    assert model.training
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, image["blocks.1.mlp.fc1.weight"])
+    assert model.head.weight.shape == (7, 24)
+    assert model.head.weight.any()
+    # a still picture: every row of the grid is what the image model has
+    picture = noise(1, 3, 32, 32).float()
+    x = model._tokens(model.patch_embed(picture[:, :, None].expand(-1, -1, 3, -1, -1)).flatten(3).permute(0, 2, 3, 1)) + model.pos_embed
+    patches = torch.nn.functional.conv2d(picture, image["patch_embed.proj.weight"], image["patch_embed.proj.bias"], 16).flatten(2).mT
+    row = torch.cat([image["cls_token"], patches], 1) + image["pos_embed"]
+    if kind is VidTr:
+        assert_near(x[:, 5:], row.repeat(1, 3, 1), 1e-6)
+        assert_near(x[:, :5], image["cls_token"] + image["pos_embed"], 1e-6)
+    else:
+        assert_near(x, torch.cat([row[:, :1], row[:, 1:].repeat(1, 3, 1)], 1), 1e-6)
+    with pytest.raises(ValueError, match=r"from an image model: .*(\n.*)*missing norm.bias"):
+        kind.from_vit({name: x for name, x in image.items() if name != "norm.bias"}, config)
+    with pytest.raises(ValueError, match=r"frames must be known"):
+        kind.from_vit(image, VidTrConfig(**{**vars(config), "frames": None}))
+
+
 def test_a_state_that_does_not_fit_says_all_of_it_at_once() -> None:
     state = oracle.random_state("full", 3, 4, 2)
     del state["encoder.layers.1.linear1.bias"], state["cls_t"]
@@ -359,12 +392,14 @@ def test_wrong_configs_and_clips_are_refused() -> None:
 
 
 def test_gathered_rows_are_each_place_s_own() -> None:
-    x = torch.arange(2 * 3 * 4 * 2).view(2, 3, 4, 2).double()
-    kept = torch.tensor([[[0, 2], [1, 2], [0, 1], [0, 2]], [[1, 2]] * 4], dtype=torch.int32)
-    got = gather_rows(x, kept)
-    for b in range(2):
-        for place in range(4):
-            assert torch.equal(got[b, :, place], x[b, kept[b, place].long(), place])
+    x = noise(2, 3, 2, 2, 4)  # [B, R, N, H, D]
+    kept = torch.tensor([[[[0, 2], [1, 2]], [[0, 1], [0, 2]]], [[[1, 2]] * 2] * 2], dtype=torch.int32)
+    # also where columns are a view, as behind a class token
+    for grid in (x, x.repeat(1, 1, 2, 1, 1)[:, :, 1:3]):
+        got = gather_rows(grid, kept)
+        assert got.shape == (2, 2, 2, 2, 4)
+        for b, n, h in product(range(2), repeat=3):
+            assert torch.equal(got[b, :, n, h], grid[b, kept[b, n, h].long(), n, h])
 
 
 def test_frames_of_clips() -> None:

@@ -327,6 +327,18 @@ def test_operations_are_counted(device: str) -> None:
     assert counter.get_total_flops() == reference.flops(problem_of(sequences))
 
 
+def test_operations_of_listed_sequences_are_counted_without_contents() -> None:
+    rows, bounds = torch.empty(24, 2, 16), torch.arange(0, 13, 6, dtype=torch.int32)
+    ids = torch.stack([torch.randperm(24)[:12] for _ in range(2)]).int()
+    counts = []
+    for device in ("cpu", "meta"):
+        x, cu_seqlens, index = rows.to(device), bounds.to(device), ids.to(device)
+        with FlopCounterMode(display=False) as counter:
+            tokenops.sparse_attention_varlen(x, x, x, cu_seqlens, cu_seqlens, 6, 6, q_index=index, kv_index=index)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * 2 * 6 * 6 * (16 + 16)] * 2
+
+
 def test_checkpointing_repeats_the_call(device: str) -> None:
     call = listed(device)
     grads = []

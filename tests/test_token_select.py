@@ -13,12 +13,13 @@ from torch import Tensor
 
 import tokenops
 from tokenops.reference import token_select as reference
+from tokenops.types import TokenIndex
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def assert_right(score: Tensor, width: int, backend: str | None, *, protect: int = 0, k: int | None = None, **how: object) -> None:
-    """Every list is the loop's."""
+def assert_right(score: Tensor, width: int, backend: str | None, *, protect: int = 0, k: int | None = None, **how: object) -> TokenIndex:
+    """Every list is the loop's. Returns them."""
     threshold = how.get("threshold")
     given = {**how, "k": k} if k is not None else how
     index, count = tokenops.select_tokens(score, protect=protect, backend=backend, **given)
@@ -30,6 +31,7 @@ def assert_right(score: Tensor, width: int, backend: str | None, *, protect: int
         want = select_loop(row, width, threshold, protect)
         assert number == len(want)
         assert ids == want + [-1] * (width - len(want))
+    return TokenIndex(index, count)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,9 +157,12 @@ def test_bits_depend_neither_on_the_run_nor_on_threads(backend: str, device: str
         same_bits(lambda score=score: tokenops.select_tokens(score, k=score.shape[1] // 3, backend=backend), (1, 1, 2, 4, 3))
 
 
+LENGTHS = st.integers(1, 90)
+
+
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[Tensor, int, dict[str, object]]:
-    tokens, batch = draw(st.integers(1, 90)), draw(st.integers(1, 3))
+def calls(draw: st.DrawFn, lengths: st.SearchStrategy[int] = LENGTHS) -> tuple[Tensor, int, dict[str, object]]:
+    tokens, batch = draw(lengths), draw(st.integers(1, 3))
     score = scores(batch, tokens, dtype=draw(st.sampled_from(DTYPES)), kind=draw(st.sampled_from(SCORES)), seed=draw(st.integers(0, 999)))
     if draw(st.booleans()):
         width = draw(st.integers(0, tokens))

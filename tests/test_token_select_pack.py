@@ -209,11 +209,15 @@ def test_bits_depend_neither_on_the_run_nor_on_threads(backend: str, device: str
     same_bits(run, (1, 1, 2, 4, 3))
 
 
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 40))
+
+
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    batch, rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(st.integers(1, 70))
+def calls(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, int]] = SHAPES) -> tuple[Tensor, Tensor, int]:
+    (batch, rows), width = draw(shapes), draw(st.integers(1, 70))
     x = grid(batch, rows, width, dtype=draw(st.sampled_from(ROWS)), seed=draw(st.integers(0, 99)))
-    index = lists(batch, rows, draw(st.integers(0, rows)), empty=draw(st.sampled_from((0.0, 0.4, 1.0))), seed=draw(st.integers(0, 99)))
+    slots = draw(st.one_of(st.integers(0, rows), st.just(rows)))
+    index = lists(batch, rows, slots, empty=draw(st.sampled_from((0.0, 0.4, 1.0))), seed=draw(st.integers(0, 99)))
     padding = torch.full((batch, draw(st.integers(0, 4))), -1, dtype=torch.int32)
     index = torch.cat([index, padding], dim=-1)
     return x, index, int((index >= 0).sum()) + draw(st.integers(0, 9))

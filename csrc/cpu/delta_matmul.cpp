@@ -282,9 +282,13 @@ void set_layer(Layer& p, const Tensor& weight, const OptionalTensor& bias, const
 
 bool run_layer(const DeltaMatmulLoops& loops, const Layer& p) {
   const int64_t panels = loops.panels(p.rows), blocks = (panels + loops.panels_at_once - 1) / loops.panels_at_once;
-  const int64_t wanted = kPiecesPerThread * torch::stable::get_num_threads(),
+  const int64_t threads = torch::stable::get_num_threads(), wanted = kPiecesPerThread * threads,
                 units = (p.outputs + loops.output_unit - 1) / loops.output_unit;
-  const int64_t cuts = std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, units);
+  int64_t cuts = (wanted + blocks - 1) / blocks;
+  // of nine pieces two threads would do five and four: rather eighteen. Little waiting at the end is no reason to cut finer
+  const auto idle = [&] { return (threads - blocks * cuts % threads) % threads; };
+  while (16 * idle() > blocks * cuts && blocks * cuts < 2 * wanted) ++cuts;
+  cuts = std::clamp<int64_t>(cuts, 1, units);
   const auto cut = [&](int64_t i) { return std::min(p.outputs, units * i / cuts * loops.output_unit); };
   // pieces of one part of the weights follow each other: they are read from memory once
   return run_parallel(blocks * cuts, loops.layer_scratch(p.storage), [&](int64_t i, Lease& lease) {

@@ -178,8 +178,7 @@ void halt(Tensor new_cum, Tensor new_remain, Tensor new_active, Tensor new_rho, 
   const bool aligned = has_aligned_rows(x) && has_aligned_rows(new_out) && has_aligned_rows(out);
   with_rows(x, aligned, [&](auto number, auto is_aligned) {
     const auto run = [&](const HaltStep& p) {
-      launch(x, halt_step<decltype(number), decltype(is_aligned)::value>, (p.gate.jobs + kHaltBlock - 1) / kHaltBlock, kHaltWarps * kWarp, 0,
-             p);
+      launch(x, halt_step<decltype(number), decltype(is_aligned)::value>, (p.gate.jobs + kHaltBlock - 1) / kHaltBlock, kHaltThreads, 0, p);
     };
     if (class_only) {
       // the output first: it goes by the state before the step, which may be overwritten
@@ -221,8 +220,8 @@ void halt_gradients(OptionalTensor new_grad_x, OptionalTensor new_grad_remain, T
     const auto run = [&](const HaltGate& gate, const TokenRows<const float>& grad) {
       p.gate = gate;
       p.grad_out = grad;
-      launch(x, halt_backward<decltype(number), decltype(is_aligned)::value>, (gate.jobs + kHaltBlock - 1) / kHaltBlock, kHaltWarps * kWarp,
-             0, p);
+      launch(x, halt_backward<decltype(number), decltype(is_aligned)::value>, (gate.jobs + kHaltBlock - 1) / kHaltBlock, kHaltThreads, 0,
+             p);
     };
     // first as if class tokens had no output; then their rows again
     run(call.of_rows(), class_only ? TokenRows<const float>{nullptr, 0, 0} : of_out);
@@ -331,7 +330,11 @@ void pack_tokens(Tensor tokens, Tensor cu_seqlens, OptionalTensor ranks, Optiona
   check_broadcast("count", *lengths, 0, lists);
   p.counts = lengths->const_data_ptr<int32_t>();
   p.counts_stride = broadcast_stride(*lengths, 0);
-  AddLengths lengths_of{p.counts, p.counts_stride, cu_seqlens.mutable_data_ptr<int32_t>(), static_cast<int>(lists), p.lists.slots,
+  AddLengths lengths_of{p.counts,
+                        p.counts_stride,
+                        cu_seqlens.mutable_data_ptr<int32_t>(),
+                        static_cast<int>(lists),
+                        p.lists.slots,
                         static_cast<int>(packed.rows)};
   launch(x, add_lengths, 1, kAddThreads, sizeof(AddShared), lengths_of);
   p.bounds = lengths_of.bounds;

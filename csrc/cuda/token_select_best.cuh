@@ -1,5 +1,6 @@
-// The best tokens of a list: one block for each list. A search by digits finds the key of the worst token that is kept; then one pass writes
-// the ids in ascending order. Nothing depends on what comes first, so that equal scores go to the lowest ids and every run has the same bits.
+// The best tokens of a list: one block for each list. A search by digits finds the key of the worst token that is kept; then one pass
+// writes the ids in ascending order. Nothing depends on what comes first, so that equal scores go to the lowest ids and every run has the
+// same bits.
 //
 // A call is short, and most of it is waiting: for the scores, and for barriers. So a list of up to 16384 scores is read once and stays in
 // registers; the digits are those of the range that the scores are in, not of the number type (attention weights differ in few of their
@@ -78,8 +79,9 @@ __device__ __forceinline__ void find_digit(SelectShared<Warps>& shared, unsigned
   }
 }
 
+// The 1: left to itself, the assembler spills a few registers to fit one more block beside the others.
 template <class T, int Threads, int Items>
-__global__ void __launch_bounds__(Threads) select_best(SelectLists p) {
+__global__ void __launch_bounds__(Threads, 1) select_best(SelectLists p) {
   constexpr int kWarps = Threads / kWarp, kChunk = Threads * Items;
   auto& shared = shared_memory<SelectShared<kWarps>>();
   const int64_t list = blockIdx.x;

@@ -2,8 +2,8 @@
 // numbers, so that state is read and written along N; then all lanes go through the rows' channels together. No block-wide barriers, and no
 // shared memory: the kernels are bound by memory, and many independent warps keep it busy.
 //
-// The output of class tokens [S, C] is not one of rows: there a launch over samples deals with their first rows, and a launch over rows with
-// everything else. So nobody searches for the sample of a row.
+// The output of class tokens [S, C] is not one of rows: there a launch over samples deals with their first rows, and a launch over rows
+// with everything else. So nobody searches for the sample of a row.
 #pragma once
 
 #include "device.cuh"
@@ -62,7 +62,7 @@ struct HaltBackward {
 };
 
 // as many rows as keep a warp's lanes from idling at the gate, and few enough that small calls have warps for all processors
-constexpr int kHaltRows = 8, kHaltWarps = 4;
+constexpr int kHaltRows = 8, kHaltWarps = 4, kHaltThreads = kHaltWarps * kWarp;
 
 struct HaltRow {
   int sample, row;
@@ -146,8 +146,9 @@ struct FloatRun {
   }
 };
 
+// The 1: left to itself, the assembler spills a few registers to fit one more block beside the others.
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kHaltWarps* kWarp) halt_step(HaltStep p) {
+__global__ void __launch_bounds__(kHaltThreads, 1) halt_step(HaltStep p) {
   using Run = FloatRun<T>;
   const HaltGate& gate = p.gate;
   const int lane = lane_id();
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kHaltWarps* kWarp) halt_step(HaltStep p) {
 }
 
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kHaltWarps* kWarp) halt_backward(HaltBackward p) {
+__global__ void __launch_bounds__(kHaltThreads, 1) halt_backward(HaltBackward p) {
   using Run = FloatRun<T>;
   const HaltGate& gate = p.gate;
   const int lane = lane_id();

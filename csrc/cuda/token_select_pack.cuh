@@ -1,5 +1,5 @@
-// Between grids of rows and packed rows. Every list's filled slots are numbered by a block, the lists' lengths are added up by one, and then
-// threads copy rows, as whole words of up to 16 bytes whatever the rows consist of. Counts stay on the device.
+// Between grids of rows and packed rows. Every list's filled slots are numbered by a block, the lists' lengths are added up by one, and
+// then threads copy rows, as whole words of up to 16 bytes whatever the rows consist of. Counts stay on the device.
 #pragma once
 
 #include "device.cuh"
@@ -136,9 +136,9 @@ struct PackRows {
   const int32_t* ranks;   // [1|L, K]
   const int32_t* counts;  // [L] in place of ranks
   int64_t ranks_list, counts_stride;
-  const int32_t* bounds;        // [L + 1]
-  int64_t x_grid, x_row;        // strides in bytes; one grid for all lists: 0
-  int64_t tokens_row;           // in bytes
+  const int32_t* bounds;  // [L + 1]
+  int64_t x_grid, x_row;  // strides in bytes; one grid for all lists: 0
+  int64_t tokens_row;     // in bytes
   int number_of_lists, packed_rows;
 };
 

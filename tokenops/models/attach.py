@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokenops.models.blocks import Block, attend, fused_linear, fused_mlp
+from tokenops.models.blocks import Mlp, attend, fused_linear, fused_mlp, gathers
 
 State = TypeVar("State")
 
@@ -115,6 +115,21 @@ _OPTIONAL = {
 }
 
 
+def _are_plain(get: dict[str, Any]) -> bool:
+    """Whether the norms and layers are what they are called, and no more: a subclass may be, but nobody knows for how long."""
+    layers, activation = (*get["qkv"], get["proj"], get["fc1"], get["fc2"]), get["activation"]
+    exact = activation is nn.functional.gelu or type(activation).__name__ == "GELUActivation"
+    exact = exact or (type(activation) is nn.GELU and activation.approximate == "none")
+    # timm's is a subclass, which chooses a quicker norm where there is one
+    norms = (get["norm1"], get["norm2"])
+    affine = all(isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None for norm in norms)
+    return exact and affine and all(type(layer) is nn.Linear for layer in layers)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
+
+
 class OpenBlock:
     """A pre-norm block in its two halves. Holds the block's own layers: training it trains the block."""
 
@@ -126,9 +141,21 @@ class OpenBlock:
         self.get: dict[str, Any] = {name: part(block, path) for name, path in kind._asdict().items()}
         for name, paths in _OPTIONAL.items():
             self.get[name] = next((part(block, path) for path in paths if _has(block, path)), nn.Identity())
-        # ours are quicker as one where nothing learns; what others have in their layers (adapters, hooks) is called as it is
-        self.fused = type(block) is Block and type(block.norm1) is nn.LayerNorm
+        self._plain = _are_plain(self.get)
+        names = ("norm1", "proj", "norm2", "fc1", "activation", "fc2")
+        self._leaves = [leaf for leaf in (*self.get["qkv"], *map(self.get.__getitem__, names)) if isinstance(leaf, nn.Module)]
+        # the block's two layers under our names; nothing is drawn for those that they replace
+        with torch.device("meta"):
+            self._mlp = Mlp(1, 1)
+        self._mlp.fc1, self._mlp.fc2 = self.get["fc1"], self.get["fc2"]
         self._try()
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether norms and layers run as one, which is quicker where nothing learns. What others have put in their layers (adapters,
+        hooks, dropout at work) is called as it is.
+        """
+        hooked = any(leaf._forward_hooks or leaf._forward_pre_hooks for leaf in self._leaves)
+        return self._plain and gathers(x) and not hooked and not _drops(self.get["hidden_dropout"])
 
     def attention(self, x: Tensor, kv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [B, N, C], [B, N] float32
         """(x plus what its tokens attend to, the keys [B, H, N, D]). ``kv_bias`` is added to the logits of each key."""
@@ -137,29 +164,34 @@ class OpenBlock:
         query, key = get["query_norm"](query), get["key_norm"](key)
         dropout = get["attention_dropout"]
         p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-        out = get["dropout1"](get["proj"](attend(query, key, value, kv_bias=kv_bias, dropout_p=p)))
-        return x + get["path1"](get["scale1"](out)), key
+        out = attend(query, key, value, kv_bias=kv_bias, dropout_p=p)
+        proj = get["proj"]
+        out = fused_linear(out, proj.weight, proj.bias) if self.fused(x) else proj(out)
+        return x + get["path1"](get["scale1"](get["dropout1"](out))), key
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N, C] -> three times [B, H, N, D], views
         layers, norm = self.get["qkv"], self.get["norm1"]
-        if self.fused:
-            rows = list(fused_linear(x, layers[0].weight, layers[0].bias, norm).chunk(3, -1))
-        elif len(layers) == 1:
-            rows = list(layers[0](norm(x)).chunk(3, -1))
+        fused = self.fused(x)
+        if len(layers) == 1:
+            [layer] = layers
+            rows = list((fused_linear(x, layer.weight, layer.bias, norm) if fused else layer(norm(x))).chunk(3, -1))
         else:
-            x = norm(x)
-            biases = qkv_bias(self.block, layers).chunk(3)
-            rows = [nn.functional.linear(x, layer.weight, bias) for layer, bias in zip(layers, biases, strict=True)]
+            pairs = list(zip(layers, qkv_bias(self.block, layers).chunk(3), strict=True))
+            if fused:
+                rows = [fused_linear(x, layer.weight, bias, norm) for layer, bias in pairs]
+            else:
+                x = norm(x)
+                rows = [layer(x) if layer.bias is not None else layer(x) + bias for layer, bias in pairs]
         query, key, value = (one.unflatten(-1, (self.get["heads"], -1)).transpose(1, 2) for one in rows)
         return query, key, value
 
     def mlp(self, x: Tensor) -> Tensor:  # [B, N, C]
         get = self.get
-        if self.fused:
-            assert isinstance(self.block, Block)
-            return x + get["path2"](fused_mlp(x, self.block.mlp, get["norm2"]))
-        hidden = get["hidden_dropout"](get["activation"](get["fc1"](get["norm2"](x))))
-        return x + get["path2"](get["scale2"](get["dropout2"](get["fc2"](hidden))))
+        if self.fused(x):
+            out = fused_mlp(x, self._mlp, get["norm2"])
+        else:
+            out = get["fc2"](get["hidden_dropout"](get["activation"](get["fc1"](get["norm2"](x)))))
+        return x + get["path2"](get["scale2"](get["dropout2"](out)))
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -173,6 +205,9 @@ class OpenBlock:
             got = self.mlp(self.attention(x)[0])
         except TypeError as error:
             raise ValueError(f"{name} must be called with its tokens alone: {error}") from None
+        except RuntimeError as error:
+            # a bias for one number of tokens, a gated MLP
+            raise ValueError(f"{name} must be a block of norm, attention, norm and MLP, for any number of tokens: {error}") from None
         finally:
             for module, training in modes:
                 module.training = training

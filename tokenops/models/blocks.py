@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +26,23 @@ class MultiplyAdds(NamedTuple):
     published: int  # as the paper of the model counts them
 
 
-class Attention(nn.Module):
-    """The projections around attention: fused query, key and value, and the output's."""
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+
+class Attention(nn.Module):
+    """The projections around attention: fused query, key and value, and the output's. ``dropout`` is of the probabilities."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide the width {dim}, got {num_heads}")
         self.num_heads = num_heads
+        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -40,53 +50,65 @@ class Attention(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value
 
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:  # [B, N, C], normalised first
         qkv = fused_linear(x, self.qkv.weight, self.qkv.bias, norm)
-        return fused_linear(attend(*self.heads(qkv)), self.proj.weight, self.proj.bias)
+        return fused_linear(attend(*self.heads(qkv), dropout_p=self.dropout_p), self.proj.weight, self.proj.bias)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # [B, H, N, D] -> [B, N, H D]
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # [..., H, N, D] -> [..., N, H D]
     """``sparse_attention`` with its heads merged."""
     out = sparse_attention(query, key, value, **options)
     assert isinstance(out, Tensor)
     return merge_heads(out)
 
 
-def merge_heads(x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, N, H D]
-    return x.transpose(1, 2).flatten(2)
+def merge_heads(x: Tensor) -> Tensor:  # [..., H, N, D] -> [..., N, H D]
+    return x.transpose(-3, -2).flatten(-2)
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> None:
+    """Two layers with one of ACTIVATIONS between them, and dropout after it."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = activation()
+        self.act = ACTIVATIONS[activation]()
+        self.drop = nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., O]
-    """A linear layer of normalised rows."""
-    if not _gathers(x):
-        return F.linear(x if norm is None else norm(x), weight, bias)
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm | None = None, order: Tensor | None = None
+) -> Tensor:  # [..., C] -> [..., O]
+    """A linear layer of normalised rows; those of [B, N, C] may be wanted in another ``order``, [N] int32."""
+    if not gathers(x):
+        rows = x if norm is None else norm(x)
+        return F.linear(rows if order is None else rows[:, order], weight, bias)
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
-    return gathered_linear(rows, weight, bias, index=index, norm=affine, norm_eps=eps).view(*x.shape[:-1], len(weight))
+    out = gathered_linear(rows, weight, bias, index=index if order is None else order, norm=affine, norm_eps=eps)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def fused_mlp(x: Tensor, mlp: Mlp, norm: nn.LayerNorm | None = None) -> Tensor:  # [..., C] -> [..., C]
-    """A block's two layers, with GELU between them, of normalised rows."""
-    if not _gathers(x):
+    """A block's two layers of normalised rows."""
+    if not gathers(x) or (mlp.training and mlp.drop.p > 0.0):
         return mlp(x if norm is None else norm(x))
     rows, index = _all_rows(x)
     affine, eps = _norm(norm)
     layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    return gathered_mlp(rows, *layers, index=index, norm=affine, norm_eps=eps).view(x.shape)
+    return gathered_mlp(rows, *layers, index=index, activation=mlp.activation, norm=affine, norm_eps=eps).view(x.shape)
 
 
-def _gathers(x: Tensor) -> bool:
+def gathers(x: Tensor) -> bool:
     """Whether the gathered layers serve even a call that lists every row: they normalise as they read, and are quicker than the BLAS that
     torch has on a CPU. Their backward pass computes the layer anew, so training is better off without.
     """
@@ -94,7 +116,8 @@ def _gathers(x: Tensor) -> bool:
 
 
 def _all_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(1, -1, x.shape[-1])
+    # samples may stand apart in memory
+    rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
     return rows, torch.arange(rows.shape[1], dtype=torch.int32)
 
 

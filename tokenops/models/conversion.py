@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenops.models.attach import Parts, find_blocks, kind_of, part, qkv_bias
-from tokenops.models.blocks import Mlp, MultiplyAdds
+from tokenops.models.blocks import ACTIVATIONS, Mlp, MultiplyAdds
 from tokenops.models.eventful import EventfulState, count_blocks
 from tokenops.models.eventful_block import BLOCK_CLASSES, GATES, BlockConfig, BlockState, EventfulBlock, Policy, choice_of
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
 class _Frame:
@@ -126,9 +123,9 @@ def _converted(original: nn.Module, policy: Policy, mode: str, block_class: str)
         raise ValueError(f"the activation of {name} must be one of {', '.join(ACTIVATIONS)}, got {get['activation']}")
     config = BlockConfig(width, get["heads"], hidden / width)
     everything = ("fraction", {"fraction": 1.0})
-    block = EventfulBlock(config, (), block_class, class_token=False, policy=everything, mode=mode, activation=act)
+    block = EventfulBlock(config, (), block_class, class_token=False, policy=everything, mode=mode)
     # the ratio may have been rounded
-    block.mlp = Mlp(width, hidden)
+    block.mlp = Mlp(width, hidden, act)
     block.to(fc1.weight.device, fc1.weight.dtype)
     for own, given in ((block.norm1, get["norm1"]), (block.norm2, get["norm2"])):
         own.load_state_dict(given.state_dict())
@@ -158,4 +155,4 @@ def _converted(original: nn.Module, policy: Policy, mode: str, block_class: str)
 def _activation(given: Any) -> str | None:
     """Which of ours it is, by its values: the names are many."""
     x = torch.linspace(-6.0, 6.0, 97)
-    return next((name for name, own in ACTIVATIONS.items() if torch.allclose(given(x), own(x), rtol=0.0, atol=1e-5)), None)
+    return next((name for name, own in ACTIVATIONS.items() if torch.allclose(given(x), own()(x), rtol=0.0, atol=1e-5)), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,18 @@ class BackboneConfig(NamedTuple):
         return self.windowed_class or self.block_class, as_config(BlockConfig, given, "block_config with windowed_overrides")
 
 
+_VIT_B = {"dim": 768, "heads": 12, "mlp_ratio": 4}
+_VITDET_B = BackboneConfig(
+    block_config={**_VIT_B, "relative_embedding_size": (64, 64), "window_size": (14, 14)},
+    depth=12,
+    position_encoding_size=(14, 14),
+    block_class="EventfulBlock",
+    window_indices=(0, 1, 3, 4, 6, 7, 9, 10),
+    windowed_class="EventfulTokenwiseBlock",
+)
+_VIVIT_B = BackboneConfig(_VIT_B, depth=12, position_encoding_size=(14, 14), block_class="EventfulBlock", has_class_token=True)
+
+
 class EventfulState(NamedTuple):
     """What a backbone keeps of the last frame."""
 
@@ -98,6 +110,14 @@ def _detached(part: Any) -> Any:
 
 class EventfulBackbone(nn.Module):
     """Position encoding and blocks, without a last norm: tokens [B, N, C] of a frame in and out."""
+
+    # the detector at its two sizes, and the spatial half of the action recogniser on its two data sets; section 5 of the paper
+    PRESETS: ClassVar[dict[str, BackboneConfig]] = {
+        "vitdet_b_1024": _VITDET_B._replace(input_size=(64, 64)),
+        "vitdet_b_672": _VITDET_B._replace(input_size=(42, 42)),
+        "vivit_b_k400": _VIVIT_B,
+        "vivit_b_epic100": _VIVIT_B._replace(position_encoding_size=(20, 20)),
+    }
 
     def __init__(
         self,
@@ -133,7 +153,7 @@ class EventfulBackbone(nn.Module):
 
         Args:
             state_dict: position_encoding.encoding and blocks.*, as released, or under our names; a prefix "backbone." may stand before.
-            config: see BackboneConfig, or a mapping with its keys.
+            config: one of PRESETS or another BackboneConfig, or a mapping with its keys.
             policy: which tokens a gate lets through: ("topk", {"k"}), ("fraction", {"fraction"}) or ("threshold", {"threshold"}), each
                 with an "order" of the norm of changes if it shall not be 2.
             mode: "paper": the published update of the attention matrix, in EventfulBlock. "exact": attention on the buffers.

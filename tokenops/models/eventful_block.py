@@ -64,6 +64,7 @@ class BlockState(NamedTuple):
     mlp_reference: Tensor  # [B, N, C]
     mlp: Tensor  # [B, N, C]
     tables: tuple[Tensor, Tensor] | None  # position tables for this grid, which change only with the weights
+    rel_pos: tuple[Tensor, Tensor] | None  # [B, N, H h / ph], [B, N, H w / pw] products of queries and tables, in windowed blocks as qkv
     chosen: tuple[Tensor, Tensor, Tensor] | None  # [B, K] each, the three gates' choices; None after a first frame
 
 
@@ -82,7 +83,6 @@ class EventfulBlock(Block):
         class_token: bool,
         policy: Policy,
         mode: str,
-        activation: str = "gelu",
     ) -> None:
         super().__init__(config.dim, config.heads, config.mlp_ratio, drop_path=config.drop_path_rate)
         if kind not in BLOCK_CLASSES:
@@ -96,7 +96,7 @@ class EventfulBlock(Block):
             )
         if config.matmul_2_cast not in (None, "float32", "float16", "bfloat16"):
             raise ValueError(f"matmul_2_cast must be None, 'float32', 'float16' or 'bfloat16', got {config.matmul_2_cast!r}")
-        self.kind, self.mode, self.config, self.grid, self.activation = kind, mode, config, grid, activation
+        self.kind, self.mode, self.config, self.grid = kind, mode, config, grid
         self.choice = choice_of(policy)
         self.window, self.pool, table = (_pair(size) for size in (config.window_size, config.pool_size, config.relative_embedding_size))
         if (self.window or self.pool or table) and (class_token or len(grid) != 2):
@@ -123,7 +123,8 @@ class EventfulBlock(Block):
             tables = self.tables() if state is None or torch.is_grad_enabled() else state.tables
         if self.kind == "Block":
             qkv = fused_linear(x, self.attn.qkv.weight, self.attn.qkv.bias, self.norm1)
-            attended, _ = self._attend(self._filled(qkv), None, None, tables)
+            qkv = self._filled(qkv)
+            attended, _ = self._attend(qkv, None, None, self._rel_pos(qkv, tables))
             x = x + self.drop_path(fused_linear(attended, self.attn.proj.weight, self.attn.proj.bias))
             return x + self.drop_path(fused_mlp(x, self.mlp, self.norm2)), None
         old: Any = state or BlockState(*[None] * len(BlockState._fields))  # type: ignore[arg-type]  # a first frame has no buffers
@@ -135,15 +136,18 @@ class EventfulBlock(Block):
 
         g1 = self._gate(x, old.qkv_reference, qkv_list, **early[0])
         qkv = self._qkv(g1, old.qkv, **late[0])
-        attended, attention = self._attend(qkv, None if state is None else g1.index, old.attention, tables)
+        changed = None if state is None else self._places(g1.index)
+        rel_pos = self._rel_pos(qkv, tables, changed, old.rel_pos)
+        attended, attention = self._attend(qkv, changed, old.attention, rel_pos)
         g2 = self._gate(attended, old.projection_reference, projection_list)
         projection = _updated(old.projection, g2, (self.attn.proj,))
         # under autocast layers give a half type, and the sum is x's
         g3 = self._gate(self.drop_path(projection).to(x.dtype), old.mlp_reference, mlp_list, skip=x, **early[1])
-        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.activation, **late[1])
+        mlp = _updated(old.mlp, g3, (self.mlp.fc1, self.mlp.fc2), activation=self.mlp.activation, **late[1])
         chosen = None if state is None else (g1.index, g2.index, g3.index)
-        new = BlockState(g1.reference, qkv, attention, g2.reference, projection, g3.reference, mlp, tables, chosen)
-        return g3.total + self.drop_path(mlp), new
+        new = BlockState(g1.reference, qkv, attention, g2.reference, projection, g3.reference, mlp, tables, rel_pos, chosen)
+        branch = self.drop_path(mlp)
+        return g3.total + branch if torch.is_grad_enabled() else g3.total.add_(branch), new
 
     def _gate(self, x: Tensor, reference: Tensor | None, forced: Tensor | None, **options: Any) -> DeltaGate:
         choice = self.choice if forced is None else {"index": forced, "order": self.choice["order"]}
@@ -164,16 +168,17 @@ class EventfulBlock(Block):
         return update_tokens_(buffer, rows, index=self._places(gate.index))
 
     def _attend(
-        self, qkv: Tensor, index: Any, state: Any, tables: tuple[Tensor, Tensor] | None
+        self, qkv: Tensor, index: Any, state: Any, rel_pos: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, DeltaState | WindowState | None]:
         """[B, N, C], and the state for the next frame: whichever the operator of this block makes."""
         query, key, value = self.attn.heads(qkv)
-        rel_pos = None if tables is None else self._rel_pos(query, tables)
+        if rel_pos is not None:
+            by_row, by_column = (part.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2) for part in rel_pos)
+            rel_pos = by_row, by_column
         options: dict[str, Any] = {"rel_pos": rel_pos}
         in_place = state is not None and not torch.is_grad_enabled()
         if self.window is not None:
             options |= {"grid": self.padded, "window": self.window}
-            index = None if index is None else self._places(index)
             if in_place:
                 out = delta_window_attention_(query, key, value, index, state, **options)
             else:
@@ -192,15 +197,37 @@ class EventfulBlock(Block):
             out, state = delta_attention(query, key, value, index, state, mode=mode, cast=cast, **options)
         return merge_heads(out), state
 
-    def _rel_pos(self, query: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[B, H, N, h / ph], [B, H, N, w / pw]: of unscaled queries, the grid being one window if there are no others."""
+    def _rel_pos(
+        self, qkv: Tensor, tables: tuple[Tensor, Tensor] | None, index: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """[B, N, H h / ph], [B, N, H w / pw]: of unscaled queries, the grid being one window if there are no others.
+
+        Those of the frame before are written over where queries changed; long lists, as a threshold's, are slower than all.
+        """
+        if tables is None:
+            return None
         h, w = self.window or self.grid
-        on_grid = query.transpose(1, 2).unflatten(1, (self.padded[0] // h, h, self.padded[1] // w, w))
-        rel_h, rel_w = (torch.einsum(f"baicjhd,{at}kd->baicjhk", on_grid, table) for at, table in zip("ij", tables, strict=True))
-        return rel_h.flatten(1, 4).transpose(1, 2), rel_w.flatten(1, 4).transpose(1, 2)
+        heads = self.attn.num_heads
+        if kept is None or index is None or torch.is_grad_enabled() or not self._is_short(index.shape[1]):
+            query = self.attn.heads(qkv)[0].transpose(1, 2)
+            on_grid = query.unflatten(1, (self.padded[0] // h, h, self.padded[1] // w, w))
+            by_row, by_column = (torch.einsum(f"baicjhd,{at}kd->baicjhk", on_grid, table) for at, table in zip("ij", tables, strict=True))
+            return by_row.flatten(5, 6).flatten(1, 4), by_column.flatten(5, 6).flatten(1, 4)
+        ids = index.clamp(min=0).long()
+        rows = qkv.gather(1, ids[..., None].expand(-1, -1, self.config.dim)).unflatten(2, (heads, -1))  # [B, K, H, D]
+        places = (ids // self.padded[1] % h, ids % self.padded[1] % w)
+        for part, table, at in zip(kept, tables, places, strict=True):
+            update_tokens_(part, (rows @ table[at].mT).flatten(2), index=index)
+        return kept
+
+    def _is_short(self, slots: int) -> bool:
+        """Whether a list is worth the tables that each of its tokens needs of its own."""
+        return 2 * slots <= self.padded[0] * self.padded[1]
 
     def _places(self, ids: Tensor) -> Tensor:
         """Of these tokens in the padded grid."""
+        if self.padded == self.grid:
+            return ids
         width, wide = self.grid[1], self.padded[1]
         return torch.where(ids < 0, -1, ids // width * wide + ids % width)
 
@@ -265,11 +292,15 @@ class EventfulBlock(Block):
         elif self.pool is not None:
             sides = (self.grid[0] // self.pool[0], self.grid[1] // self.pool[1])
             keys = sides[0] * sides[1]
+        done = c["linear"]
         if self.has_tables:
-            c["einsum"] = batch * queries * width * (sides[0] + sides[1])
+            row = width * (sides[0] + sides[1])
+            c["einsum"] = batch * queries * row
+            # a threshold's lists have a slot for every token
+            short = gated and "threshold" not in self.choice and self._is_short(max(m[0] for m in made))
+            done += (qkv if short else batch * queries) * row
             c["add"] += 2 * batch * heads * queries * keys
         product = queries * keys * width
-        done = c["linear"] + c["einsum"]
         for rows, _, _, touched in made:
             logits, average, ours = product, product, 2 * product
             if gated and self.window is not None and touched is not None:

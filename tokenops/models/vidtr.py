@@ -5,10 +5,9 @@ Kinetics-400 models, 2021). Section 3.2 is separable attention, 3.3 the pooling.
 attentions of a layer share their projections, and pooling is done per head and location. Both are here.
 
 A clip's tokens are a grid: one row for each frame (the full model has a row of class tokens before them), one column for each location (and
-a column of class tokens before them), stored row by row. Attention over time is thousands of tiny problems, one for each column and head;
-over space it is one for each row and head, of a few hundred keys. No step copies tokens from one order into the other: both are views.
+a column of class tokens before them), stored row by row. Layers are in vidtr_block.py, what makes clips of a video in vidtr_clips.py.
 
-Letters: B batch, T frames, R rows of the grid, N columns, K rows kept, C channels, H heads, D head width.
+Letters: B batch, T frames, R rows of the grid, N columns, K rows kept, C channels, H heads.
 """
 
 from __future__ import annotations
@@ -16,19 +15,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenops.models.blocks import Attention, Mlp, MultiplyAdds, attend, initialise, load_strictly, renamed
-from tokenops.ops.sparse_attention import sparse_attention
-from tokenops.ops.token_select import select_tokens
-from tokenops.types import Aux
+from tokenops.models.blocks import MultiplyAdds, initialise, load_strictly, renamed
+from tokenops.models.vidtr_block import EPS, JointAttention, SeparableAttention, VidTrBlock
+from tokenops.models.vidtr_block import TopKStd as TopKStd
+from tokenops.models.vidtr_clips import preprocess as preprocess
+from tokenops.models.vidtr_clips import sample_frames as sample_frames
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EPS = 1e-5
 # the names of the release, behind the "module." that a distributed wrapper puts before them
 OFFICIAL = (
     (r"encoder\.layers\.(\d+)\.self_attn\.in_proj_", r"blocks.\1.attn.qkv."),
@@ -43,15 +40,8 @@ OFFICIAL = (
     (r"cls$", "cls_token"),
     (r"fc\.", "head."),
 )
-
-
-class TopKStd(NamedTuple):
-    """pool_topK_std: keep the frames whose rows of the temporal attention vary most. A flat row tells nothing, a peaked one does."""
-
-    drop: int  # frames to leave out (the release's NUMBER_OF_KEYS)
-    granularity: str = "head_location"  # each head of each location keeps its own frames; or each "location" (mean over heads), or "clip"
-    resoftmax: bool = True  # the kept rows, probabilities already, go through softmax once more, as in the release
-    keep_class: bool = False  # the first row holds class tokens: it stays, and is not counted
+# an image model's
+VIT = ((r"patch_embed\.proj\.", "patch_embed."), (r"(head|pre_logits)\.", None))
 
 
 @dataclass(frozen=True)
@@ -77,166 +67,7 @@ def _compact(frames: int, stride: int, layers: tuple[int, ...], drop: tuple[int,
     return VidTrConfig(frames, frames * 196, stride, pool_layers=layers, pools=tuple(TopKStd(n) for n in drop))
 
 
-class JointAttention(Attention):
-    """Every token attends to every token. Query, key and value are three tensors, so that any grouping of their rows is a view."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__(dim, num_heads)
-        self.dropout = dropout
-
-    def project(self, x: Tensor, source: Tensor) -> list[Tensor]:  # three times [B, N, C]; values come from source
-        parts = zip((x, x, source), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        return [F.linear(part, weight, bias) for part, weight, bias in parts]
-
-    def split(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, H, N, D]
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    # values may come from elsewhere, and whoever calls has normalised them
-    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:  # type: ignore[override]  # [B, N, C]
-        parts = self.project(x, x if source is None else source)
-        return self.proj(attend(*map(self.split, parts), dropout_p=self.dropout if self.training else 0.0))
-
-
-class SeparableAttention(JointAttention):
-    """Attention over the rows of each column (time), then over the columns of each row (space): MSA(S) = MSA_s(MSA_t(S)).
-
-    O_t = softmax_time(q k^T / sqrt(D)) v;  O = softmax_space(q k^T / sqrt(D)) O_t;  y = W_o O  (mode "shared_qk", the release).
-    In mode "separate" (the paper) each of the two has projections of its own.
-
-    With a pool the temporal step drops rows. Where heads and locations keep different frames, the spatial step mixes locations by rank:
-    the first kept frame of each, the second of each, and so on.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, mode: str = "shared_qk", pool: TopKStd | None = None, dropout: float = 0.0) -> None:
-        super().__init__(dim, num_heads, dropout)
-        if mode not in ("shared_qk", "separate"):
-            raise ValueError(f'mode must be "shared_qk" or "separate", got {mode!r}')
-        if pool is not None and pool.granularity not in ("head_location", "location", "clip"):
-            raise ValueError(f'pool.granularity must be "head_location", "location" or "clip", got {pool.granularity!r}')
-        self.pool = pool
-        self.spatial = JointAttention(dim, num_heads, dropout) if mode == "separate" else None
-
-    def forward(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """
-        Args:
-            x: [B, R N, C], row by row.
-            rows: R.
-
-        Returns:
-            [B, K N, C], and which rows were kept: [B, N H, K] int32, ascending in each list; None if there is no pool.
-        """
-        batch, _, channels = x.shape
-        dropout_p = self.dropout if self.training else 0.0
-        query, key, value = (part.view(batch, rows, -1, channels // self.num_heads) for part in self.project(x, x))  # [B, R, N H, D]
-        kept = None
-        if self.pool is None:
-            out = over_rows(query, key, value, dropout_p=dropout_p)
-        else:
-            # as released, no dropout here
-            probability, row_sq, unit = attention_matrix(query, key)
-            kept = self.rank(probability, row_sq)
-            if self.pool.resoftmax:
-                # softmax(p) v is attention again: the row p is its own list of logits if the keys are unit vectors
-                out = over_rows(gather_rows(probability, kept), unit, value, scale=1.0)
-            else:
-                out = over_rows(gather_rows(query, kept), key, value)
-            if self.spatial is None:
-                query, key = gather_rows(query, kept), gather_rows(key, kept)
-        # each row a sample: [B K, N, C]
-        query, key, out = (part.reshape(batch * part.shape[1], -1, channels) for part in (query, key, out))
-        if self.spatial is None:
-            out = self.proj(attend(*map(self.split, (query, key, out)), dropout_p=dropout_p))
-        else:
-            out = self.spatial(self.proj(out))
-        return out.view(batch, -1, channels), kept
-
-    def rank(self, probability: Tensor, row_sq: Tensor) -> Tensor:
-        """The kept rows, [B, N H, K], of attention rows [B, R, N H, >= R]."""
-        assert self.pool is not None
-        drop, granularity, _, keep_class = self.pool
-        places, rows = row_sq.shape[1:]
-        if not 0 <= drop < rows - keep_class:
-            raise ValueError(f"pool.drop must be in [0, {rows - keep_class}), the frames that come in, got {drop}")
-        # A row sums to 1, so its mean is 1 / R, and its squared deviations sum to row_sq - 1 / R. But row_sq is float32, and rows that are
-        # nearly flat, as in a still clip, differ behind its last digit: their order would not be the release's. Half types are the other
-        # way round: their rounded probabilities say less than row_sq.
-        if probability.dtype in (torch.float32, torch.float64):
-            squares = (probability.detach()[..., :rows] - 1.0 / rows).square().sum(-1).transpose(1, 2)
-        else:
-            squares = (row_sq - 1.0 / rows).clamp(min=0.0)
-        deviation = squares.sqrt()  # [B, N H, R], times the root of R - 1
-        if granularity != "head_location":
-            shared = {"location": self.num_heads, "clip": places}[granularity]
-            deviation = deviation.unflatten(1, (-1, shared)).mean(2)
-        kept = select_tokens(deviation, k=rows - drop, protect=int(keep_class)).index
-        return kept.repeat_interleave(places // kept.shape[1], dim=1)
-
-
-def over_rows(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Attention of each place on its own, thousands of tiny problems: [B, K, N H, D], [B, R, N H, D] twice -> [B, K, N H, D]."""
-    out = sparse_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), **options)
-    assert isinstance(out, Tensor)
-    # the operator keeps the query's memory layout, so that this is the dense one
-    return out.transpose(1, 2)
-
-
-def attention_matrix(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) of [B, R, N H, D] as the attention of unit vectors: the kernel of tiny problems serves it, and its gradient.
-
-    Returns:
-        [B, R, N H, R'] with R' the multiple of 8 from R on that kernels take, zeros behind R; the sums of squares [B, N H, R]; the unit
-        vectors [1, R, 1, R'].
-    """
-    rows = query.shape[1]
-    unit = torch.eye(rows, -(-rows // 8) * 8, dtype=query.dtype, device=query.device)
-    out, aux = sparse_attention(query.transpose(1, 2), key.transpose(1, 2), unit[None, None], return_aux=("row_sq",))
-    assert isinstance(aux, Aux)
-    assert isinstance(aux.row_sq, Tensor)
-    return out.transpose(1, 2), aux.row_sq, unit[None, :, None]
-
-
-def gather_rows(x: Tensor, kept: Tensor) -> Tensor:
-    """Of [B, R, N H, D] the rows [B, N H, K], each place by its own list: [B, K, N H, D]."""
-    batch, rows, places, width = x.shape
-    first = torch.arange(batch, device=x.device, dtype=kept.dtype)[:, None, None] * rows
-    ids = (first + kept.transpose(1, 2)) * places + torch.arange(places, device=x.device, dtype=kept.dtype)  # [B, K, N H]
-    return x.reshape(-1, width).index_select(0, ids.flatten()).view(batch, -1, places, width)
-
-
-class VidTrBlock(nn.Module):
-    """x += attention(norm1(x) + position), x += mlp(norm2(x)), of a grid of tokens or of all of them jointly.
-
-    A class token that stands alone takes no part in the attention of a grid: it passes by, and what is added to it there is its own input.
-    """
-
-    def __init__(self, config: VidTrConfig, attn: JointAttention, class_passes: bool) -> None:
-        super().__init__()
-        self.class_passes = class_passes
-        self.norm1 = nn.LayerNorm(config.dim, EPS)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(config.dim, EPS)
-        self.mlp = Mlp(config.dim, config.mlp_dim, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(config.dropout)))
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, rows: int, position: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[B, N, C], how many rows its grid has, [1, N, C] -> tokens and kept rows, see SeparableAttention."""
-        source = self.norm1(x)
-        h = source if position is None else source + position
-        if isinstance(self.attn, SeparableAttention):
-            alone = int(self.class_passes)
-            y, kept = self.attn(h[:, alone:], rows)
-            if alone:
-                y = torch.cat([h[:, :1], y], dim=1)
-            if kept is not None:
-                # the residual stream is pooled alike
-                grid = x[:, alone:].reshape(len(x), rows, kept.shape[1], -1)
-                grid = gather_rows(grid, kept).view(len(x), -1, x.shape[2])
-                x = torch.cat([x[:, :1], grid], dim=1) if alone else grid
-        else:
-            # as released, the values of joint attention lack the position
-            y, kept = self.attn(h, source), None
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm2(x))), kept
+_Model = TypeVar("_Model", bound="_Encoder")
 
 
 class _Encoder(nn.Module):
@@ -268,9 +99,12 @@ class _Encoder(nn.Module):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
             self.pos_embed = nn.Parameter(torch.empty(1, cells + 1, dim))
         pools = dict(zip(config.pool_layers, config.pools, strict=True))
-        self.blocks = nn.ModuleList(
-            VidTrBlock(config, self._attention(pools.get(i), i < separable), not class_grid) for i in range(config.depth)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(config.depth):
+            attn: JointAttention | SeparableAttention = JointAttention(dim, config.num_heads, config.dropout)
+            if i < separable:
+                attn = SeparableAttention(dim, config.num_heads, mode=config.mode, pool=pools.get(i), dropout=config.dropout)
+            self.blocks.append(VidTrBlock(attn, dim, config.mlp_dim, config.dropout, not class_grid))
         self.norm = nn.LayerNorm(dim, EPS)
         self.head_drop = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(dim, config.num_classes)
@@ -279,11 +113,34 @@ class _Encoder(nn.Module):
             if name.startswith(("cls", "pos")):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def _attention(self, pool: TopKStd | None, separable: bool) -> JointAttention:
-        c = self.config
-        if separable:
-            return SeparableAttention(c.dim, c.num_heads, mode=c.mode, pool=pool, dropout=c.dropout)
-        return JointAttention(c.dim, c.num_heads, c.dropout)
+    @classmethod
+    def from_vit(cls: type[_Model], state_dict: Mapping[str, Tensor], config: VidTrConfig) -> _Model:
+        """To train from an image model, "inflated" as the published ones: every frame has its positions and class token.
+
+        Args:
+            state_dict: of a ViT under timm's names (ImageNet-21k ViT-B/16 for the presets).
+            config: the head, and the spatial projections of mode "separate", stay new.
+
+        Raises:
+            ValueError: as ``from_official``; or config does not say how many frames.
+        """
+        if config.frames is None:
+            raise ValueError("config.frames must be known: positions are repeated for each, got None")
+        model = cls(config)  # type: ignore[call-arg]  # both models are made of a config alone
+        state = renamed(state_dict, VIT)
+        positions, token = state.get("pos_embed"), state.pop("cls_token", None)
+        if positions is not None:
+            # a grid has a row of class tokens more, and a class token's position in every row
+            first, rows = (0, config.frames + 1) if model.class_grid else (1, config.frames)
+            state["pos_embed"] = torch.cat([positions[:, :first], positions[:, first:].repeat(1, rows, 1)], dim=1)
+        if token is not None:
+            own = model.state_dict()
+            state |= {name: token.expand(own[name].shape) for name in ("cls_token", "cls_spatial", "cls_temporal") if name in own}
+        if "patch_embed.weight" in state:
+            state["patch_embed.weight"] = state["patch_embed.weight"].unsqueeze(2)
+        new = {name: x for name, x in model.state_dict().items() if name.startswith("head.") or ".spatial." in name}
+        load_strictly(model, {**new, **state}, f"{cls.__name__} from an image model")
+        return model
 
     def position_everywhere(self, frames: int) -> bool:
         return False
@@ -314,8 +171,8 @@ class _Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x, kept = block(x, rows, self.pos_embed if i == 0 or self.position_everywhere(frames) else None)
             if kept is not None:
-                rows = kept.shape[2]
-                indices.append(kept.unflatten(1, (-1, config.num_heads)))
+                rows = kept.shape[3]
+                indices.append(kept)
         logits = self.head(self.head_drop(self.norm(x[:, 0])))
         return (logits, indices) if return_indices else logits
 
@@ -343,20 +200,14 @@ class _Encoder(nn.Module):
         for block in self.blocks:
             attn = block.attn
             if isinstance(attn, SeparableAttention):
-                kept = rows - (attn.pool.drop if attn.pool else 0)
-                spatial = 1 if attn.spatial is None else 5  # projections of what was kept
-                total += c.dim**2 * columns * (3 * rows + spatial * kept)
-                total += c.dim * columns * (rows * rows + rows * kept + 2 * kept * columns)
-                rows = kept
+                total += attn.multiply_adds(rows, columns)
+                rows = attn.kept_of(rows)
             else:
                 tokens = rows * columns + alone
                 total += 4 * c.dim**2 * tokens + 2 * c.dim * tokens**2
             total += 2 * c.dim * c.mlp_dim * (rows * columns + alone)
             published += 2 * c.dim * c.mlp_dim * ((rows - extra) * locations + 1)
         return MultiplyAdds(total, published)
-
-
-_Model = TypeVar("_Model", bound=_Encoder)
 
 
 class VidTr(_Encoder):
@@ -466,64 +317,3 @@ def _filled(kind: Callable[[VidTrConfig], _Model], config: VidTrConfig, state: M
     model = model.to(sample.dtype).to_empty(device=sample.device)
     load_strictly(model, state, type(model).__name__)
     return model.eval()
-
-
-def sample_frames(length: int, frames: int = 8, stride: int = 8, *, clips: int = 1, spread: bool = False) -> Tensor:
-    """Which frames of a video make its clips: [clips, frames] int64, clips spread evenly over the video.
-
-    Args:
-        length: frames of the video. Where a clip is longer, its last frame repeats.
-        frames, stride: of a clip, which is cut from a window of frames * stride.
-        clips: how many; one is cut from the middle. The published results take 10.
-        spread: over the whole window with both its ends, as in the release's training, so that the true step is larger than ``stride``;
-            otherwise every ``stride``-th frame, as in its test.
-    """
-    for name, number in (("length", length), ("frames", frames), ("stride", stride), ("clips", clips)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    window = frames * stride
-    room = max(length - window, 0)
-    starts = torch.linspace(0, room, clips, dtype=torch.float64) if clips > 1 else torch.tensor([room / 2], dtype=torch.float64)
-    within = torch.linspace(0, window - 1, frames, dtype=torch.float64) if spread else torch.arange(frames, dtype=torch.float64) * stride
-    return (starts.floor()[:, None] + within.round()).long().clamp(max=length - 1)
-
-
-def preprocess(video: Tensor, frames: Tensor, *, size: int = 224, short_side: int = 224, crops: int = 3) -> Tensor:
-    """Clips for the model from a decoded video.
-
-    Args:
-        video: [L, H, W, 3] uint8, RGB.
-        frames: [clips, T], see ``sample_frames``.
-        size: side of the square crops.
-        short_side: to which the video is scaled first, its shape kept. The release: 224 in test, 256 in validation.
-        crops: along the longer side, evenly; one is the middle.
-
-    Returns:
-        [clips * crops, 3, T, size, size] float32, by ImageNet's mean and deviation. The release averages softmax(logits) over these views.
-
-    Raises:
-        ValueError, TypeError: shapes or dtype are not these, or size is more than short_side.
-    """
-    if video.dim() != 4 or video.shape[3] != 3:
-        raise ValueError(f"video must be [L, H, W, 3], got {list(video.shape)}")
-    if video.dtype != torch.uint8:
-        raise TypeError(f"video must be uint8, got {video.dtype}")
-    if frames.dim() != 2:
-        raise ValueError(f"frames must be [clips, T], got {list(frames.shape)}")
-    if not 0 < size <= short_side:
-        raise ValueError(f"size must be in [1, {short_side}], the short side, got {size}")
-    if crops < 1:
-        raise ValueError(f"crops must be at least 1, got {crops}")
-    height, width = (max(round(side * short_side / min(video.shape[1:3])), short_side) for side in video.shape[1:3])
-    used, place = frames.unique(return_inverse=True)
-    images = video[used].permute(0, 3, 1, 2).float() / 255.0
-    images = F.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    mean, deviation = (torch.tensor(x, device=video.device)[:, None, None] for x in (MEAN, STD))
-    images = (images - mean) / deviation
-    views = []
-    for part in range(crops):
-        share = part / (crops - 1) if crops > 1 else 0.5
-        # only the longer side has room for several crops
-        top, left = (round((side - size) * (share if side > short_side else 0.5)) for side in (height, width))
-        views.append(images[:, :, top : top + size, left : left + size][place].transpose(1, 2))
-    return torch.stack(views, dim=1).flatten(0, 1)

@@ -60,16 +60,8 @@ class ViTDetConfig(NamedTuple):
     detectron2_config: str | None = None
 
 
-VITDET_B = BackboneConfig(
-    block_config={"dim": 768, "heads": 12, "mlp_ratio": 4, "relative_embedding_size": (64, 64), "window_size": (14, 14)},
-    depth=12,
-    position_encoding_size=(14, 14),
-    block_class="EventfulBlock",
-    window_indices=(0, 1, 3, 4, 6, 7, 9, 10),
-    windowed_class="EventfulTokenwiseBlock",
-)
-VITDET_B_1024 = ViTDetConfig((3, 1024, 1024), VITDET_B)
-VITDET_B_672 = ViTDetConfig((3, 672, 672), VITDET_B)
+VITDET_B_1024 = ViTDetConfig((3, 1024, 1024), EventfulBackbone.PRESETS["vitdet_b_1024"])
+VITDET_B_672 = ViTDetConfig((3, 672, 672), EventfulBackbone.PRESETS["vitdet_b_672"])
 
 
 class ChannelNorm(nn.LayerNorm):

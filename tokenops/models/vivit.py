@@ -64,12 +64,10 @@ class ViViTConfig(NamedTuple):
     dropout_rate: float = 0.0
 
 
-_BASE = {"dim": 768, "heads": 12, "mlp_ratio": 4}
-_TEMPORAL_B = BackboneConfig(_BASE, depth=4, position_encoding_size=(16,))
-VIVIT_B_K400 = ViViTConfig(400, (32, 3, 224, 224), BackboneConfig(_BASE, 12, (14, 14), block_class="EventfulBlock"), _TEMPORAL_B)
-VIVIT_B_EPIC100 = ViViTConfig(
-    97, (32, 3, 320, 320), BackboneConfig(_BASE, 12, (20, 20), block_class="EventfulBlock"), _TEMPORAL_B, temporal_stride=1
-)
+_SPATIAL_K400, _SPATIAL_EPIC100 = (EventfulBackbone.PRESETS[name] for name in ("vivit_b_k400", "vivit_b_epic100"))
+_TEMPORAL_B = BackboneConfig(_SPATIAL_K400.block_config, depth=4, position_encoding_size=(16,))
+VIVIT_B_K400 = ViViTConfig(400, (32, 3, 224, 224), _SPATIAL_K400, _TEMPORAL_B)
+VIVIT_B_EPIC100 = ViViTConfig(97, (32, 3, 320, 320), _SPATIAL_EPIC100, _TEMPORAL_B, temporal_stride=1)
 
 
 class SubModel(nn.Module):

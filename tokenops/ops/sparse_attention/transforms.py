@@ -80,15 +80,14 @@ def _dense_flops(lead: int, backward: bool, *shapes: Any, **_: Any) -> int:
 
 
 def _packed_flops(lead: int, backward: bool, *arguments: Any, **_: Any) -> int:
-    """By the sequences' bounds; without contents (fake tensors) as if every query row saw the longest sequence."""
+    """By the sequences' bounds; without contents (fake or meta tensors) as if every query row saw the longest sequence."""
     problem = packed_problem(*arguments[lead:-2])
-    if not isinstance(problem.query, FakeTensor):
+    if not (isinstance(problem.query, FakeTensor) or problem.query.is_meta):
         return reference.flops(problem, backward=backward)
     longest = problem.key.shape[2] if problem.max_seqlen_k is None else problem.max_seqlen_k
     key = (*problem.key.shape[:2], longest)
-    return _dense_flops(
-        0, backward, problem.query.shape, (*key, None), problem.value.shape, problem.q_index and problem.q_index.shape, None
-    )
+    listed = None if problem.q_index is None else problem.q_index.shape
+    return _dense_flops(0, backward, problem.query.shape, (*key, None), problem.value.shape, listed, None)
 
 
 for _form, _formula, _raw in ((DENSE, _dense_flops, False), (PACKED, _packed_flops, True)):
