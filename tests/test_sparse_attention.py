@@ -443,11 +443,11 @@ LAYOUTS = ("dense", "BSHD", "expanded batch", "expanded heads", "offset")
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Call:
+def calls(draw: st.DrawFn, most_rows: int = 80, widest: int = 96) -> Call:
     batch, group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = group * kv_heads
-    rows, columns = draw(st.integers(1, 80)), draw(st.integers(1, 80))
-    width, value_width = 8 * draw(st.integers(1, 12)), 8 * draw(st.integers(1, 12))
+    rows, columns = draw(st.integers(1, most_rows)), draw(st.integers(1, 80))
+    width, value_width = 8 * draw(st.integers(1, widest // 8)), 8 * draw(st.integers(1, widest // 8))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 

@@ -18,11 +18,12 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
 template <class T, int W>
 struct ForwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
-  using Large = ForwardShape<T, W, 4, 2, kFloat || W == 128 ? 32 : 64, kFloat || W == 96 ? 2 : 3, false>;
-  using Small = ForwardShape<T, W, 4, 1, kFloat ? 32 : 64, 2, false>;
-  using Masked = ForwardShape<T, W, 4, 1, 32, 2, true>;
+  static constexpr int kKeys = kFloat && W == 128 ? 16 : 32;
+  using Large = ForwardShape<T, W, 4, 2, kFloat || W == 128 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
+  using Small = ForwardShape<T, W, 4, 1, kFloat ? kKeys : 64, 2, false>;
+  using Full = ForwardShape<T, W, 4, 1, kKeys, 2, true>;
   // one warp each: 8 to 32 frames, or a class token that alone looks at many keys
-  using Short = ForwardShape<T, W, 1, 2, 16, 3, true>;
+  using Short = ForwardShape<T, W, 1, 2, 16, kFloat ? 2 : 3, true>;
   using Shortest = ForwardShape<T, W, 1, 1, 16, 2, true>;
 };
 
@@ -32,7 +33,7 @@ void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch
   using Shapes = ForwardShapes<T, W>;
   if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
   if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);
-  if (a.p.mask != Kind::none || a.p.rel != Kind::none) return launch_forward<typename Shapes::Masked>(on, a, batch);
+  if (a.p.mask != Kind::none || a.p.rel != Kind::none || a.row_sq) return launch_forward<typename Shapes::Full>(on, a, batch);
   // large blocks where two for each processor are left, and where they are not much emptier than small ones; float's wide rows do not fit
   if constexpr (!Shapes::kFloat || W <= 64) {
     constexpr int64_t kLarge = Shapes::Large::kRows, kSmall = Shapes::Small::kRows;

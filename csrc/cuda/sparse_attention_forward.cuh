@@ -17,14 +17,14 @@ struct ForwardArguments {
 };
 
 // How a kernel cuts its work. Several teams of one warp share a thread block, each with a head of its own; a larger team is a block.
-template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Masked>
+template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Full>
 struct ForwardShape {
   using T = Number;
   static constexpr int kWidth = Width;  // of heads, padded
-  static constexpr int kWarps = Warps, kTeams = Warps == 1 ? 4 : 1, kTeam = Warps * kWarp, kThreads = kTeams * kTeam;
+  static constexpr int kWarps = Warps, kTeam = Warps * kWarp;
   static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // of queries
   static constexpr int kKeys = Keys, kStages = Stages;                                              // keys of a tile, tiles in flight
-  static constexpr bool kMasked = Masked;                                                           // attn_mask and rel_pos are served
+  static constexpr bool kFull = Full;  // attn_mask, rel_pos and row_sq are served
   // tiles whose ids are known: rows are copied kStages - 1 tiles ahead, and their ids as far ahead of those
   static constexpr int kIdTiles = 2 * kStages - 1;
   // what a mask adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
@@ -34,57 +34,52 @@ struct ForwardShape {
     alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
     alignas(128) T key[Stages][Keys * TileRows<T, Width>::kPitch];
     alignas(128) T value[Stages][Keys * TileRows<T, Width>::kPitch];
-    alignas(16) float weights[sizeof(T) == 4 || Masked ? kRows * kWeightPitch : 1];
+    alignas(16) float weights[sizeof(T) == 4 || Full ? kRows * kWeightPitch : 1];
     float bias[Stages][Keys];
     int32_t rows[kRows], ids[kIdTiles][Keys];
+    // whose rows these are, for later
+    int batch, head, first, end;
     int partial[Warps];
   };
+  // what fits a block of any architecture
+  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kThreads = kTeams * kTeam;
   struct Shared {
     Team team[kTeams];
   };
 };
 
-// The keys that a block of queries meets, tile by tile.
+// The keys that a block of queries meets, tile by tile. It is told the head each time: pointers kept through the loop over tiles would
+// cost registers that the products need.
 template <class Shape>
 struct KeyTiles {
   using T = typename Shape::T;
   typename Shape::Team& shared;
   const AttentionProblem& p;
-  const SlotList list;
-  const T *key, *value;
-  const float* bias;
-  int thread, begin, end;
+  const Span slots;
+  const int thread;
 
-  __device__ __forceinline__ KeyTiles(typename Shape::Team& shared, const AttentionProblem& p, int64_t b, int64_t kv_head, Span slots,
-                                      int thread)
-      : shared(shared),
-        p(p),
-        list(p.kv_index, b, kv_head, p.keys),
-        key(p.key.at<T>(b, kv_head)),
-        value(p.value.at<T>(b, kv_head)),
-        bias(p.bias ? p.bias + b * p.bias_batch + kv_head * p.bias_head : nullptr),
-        thread(thread),
-        begin(slots.begin),
-        end(slots.end) {}
-
-  __device__ __forceinline__ int count() const { return (end - begin + Shape::kKeys - 1) / Shape::kKeys; }
+  __device__ __forceinline__ int count() const { return (slots.end - slots.begin + Shape::kKeys - 1) / Shape::kKeys; }
   __device__ __forceinline__ int32_t* ids(int tile) const { return shared.ids[tile % Shape::kIdTiles]; }
 
-  __device__ __forceinline__ void start_ids(int tile) const {
-    copy_ids<Shape::kKeys, Shape::kTeam>(ids(tile), list, begin + tile * Shape::kKeys, end, thread);
+  __device__ __forceinline__ void start_ids(int tile, int64_t b, int kv_head) const {
+    const SlotList list(p.kv_index, b, kv_head, p.keys);
+    copy_ids<Shape::kKeys, Shape::kTeam>(ids(tile), list, slots.begin + tile * Shape::kKeys, slots.end, thread);
   }
   // its ids have arrived
-  __device__ __forceinline__ void start_rows(int tile) const {
+  __device__ __forceinline__ void start_rows(int tile, int64_t b, int kv_head) const {
     if (tile >= count()) return;
     const int stage = tile % Shape::kStages;
-    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], key, p.key.row, p.width, p.aligned, ids(tile), p.keys, thread);
-    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], value, p.value.row, p.value_width, p.aligned, ids(tile),
+    const int32_t* rows = ids(tile);
+    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width, p.aligned, rows,
                                                          p.keys, thread);
-    if (!bias) return;
+    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width,
+                                                         p.aligned, rows, p.keys, thread);
+    if (!p.bias) return;
+    const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
     for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
-      const int id = ids(tile)[i];
-      const bool valid = names(id, p.keys);
-      cp_async_4(&shared.bias[stage][i], valid ? bias + id * p.bias_row : bias, valid);
+      const bool valid = names(rows[i], p.keys);
+      cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
     }
   }
 };
@@ -138,8 +133,14 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
       keys.end = over_team(bound);
     }
   }
-  const KeyTiles<Shape> tiles(shared, p, b, h / p.group, keys, thread);
-  for (int tile = 0; tile < 2 * (Shape::kStages - 1); ++tile) tiles.start_ids(tile);
+  const KeyTiles<Shape> tiles{shared, p, keys, thread};
+  for (int tile = 0; tile < 2 * (Shape::kStages - 1); ++tile) tiles.start_ids(tile, b, h / p.group);
+  if (thread == 0) {
+    shared.batch = static_cast<int>(b);
+    shared.head = h;
+    shared.first = work.first;
+    shared.end = work.own.end;
+  }
   cp_async_commit();
   cp_async_wait<0>();
   if constexpr (Shape::kWarps == 1)
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
                                                        p.rows, thread);
 #pragma unroll
   for (int tile = 0; tile < Shape::kStages - 1; ++tile) {
-    tiles.start_rows(tile);
+    tiles.start_rows(tile, b, h / p.group);
     cp_async_commit();
   }
 
@@ -166,6 +167,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
   }
   const bool has_terms = p.has_terms(), masked = p.mask != Kind::none || p.rel != Kind::none, busy = work.first + first < work.own.end;
   const float unit = has_terms ? 1.0f : p.scale;
+  const int order_of_first = work.first - work.own.begin;
 
   for (int tile = 0; tile < tiles.count(); ++tile) {
     cp_async_wait<Shape::kStages - 2>();
@@ -174,8 +176,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
       __syncwarp();
     else
       __syncthreads();
-    tiles.start_rows(tile + Shape::kStages - 1);
-    tiles.start_ids(tile + 2 * (Shape::kStages - 1));
+    tiles.start_rows(tile + Shape::kStages - 1, shared.batch, shared.head / p.group);
+    tiles.start_ids(tile + 2 * (Shape::kStages - 1), shared.batch, shared.head / p.group);
     cp_async_commit();
     // rows behind the end: this warp only helps to copy
     if (!busy) continue;
@@ -192,10 +194,10 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
         for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = products.logit(r, k) * p.scale + bias;
       }
     }
-    if constexpr (Shape::kMasked) {
+    if constexpr (Shape::kFull) {
       if (masked) {
         // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
-        const Terms terms(p, b, h);
+        const Terms terms(p, shared.batch, shared.head);
         float* const added = shared.weights + first * Shape::kWeightPitch;
 #pragma unroll 4
         for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
       for (int r = 0; r < P::kRows; ++r) {
         const int place = first + products.row(r);
         // the last key that the row sees
-        const int limit = !p.causal ? INT32_MAX - 1 : p.packed() ? work.first + place - work.own.begin : shared.rows[place];
+        const int limit = !p.causal ? INT32_MAX - 1 : p.packed() ? order_of_first + place : shared.rows[place];
 #pragma unroll
         for (int k = 0; k < P::kKeys; ++k) {
           const int id = ids[products.key(k)], order = p.packed() ? rank + products.key(k) : id;
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
       total[r] = total[r] * shrink[r] + sum;
       highest[r] = above;
     }
-    if (a.row_sq) {
+    if (Shape::kFull && a.row_sq) {
 #pragma unroll
       for (int r = 0; r < P::kRows; ++r) {
         squares[r] *= shrink[r] * shrink[r];
@@ -266,27 +268,27 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
 
 #pragma unroll
   for (int r = 0; r < P::kRows; ++r) {
-    const float sum = sum_lanes<P::kLanes>(total[r]), sum_of_squares = sum_lanes<P::kLanes>(squares[r]);
+    const float sum = sum_lanes<P::kLanes>(total[r]), sum_of_squares = Shape::kFull ? sum_lanes<P::kLanes>(squares[r]) : 0.0f;
     // not "highest == -inf": a row of NaN logits is no empty row
     const bool empty = sum == 0.0f || shared.rows[first + products.row(r)] < 0;
     const float inverse = empty ? 0.0f : 1.0f / sum;
     // through shared memory, where the warp's own queries were, so that rows are written 16 bytes at a time
     products.store_row(r, inverse);
-    const int slot = work.first + first + products.row(r);
-    if (lane_id() % P::kLanes || slot >= work.own.end) continue;
-    const int64_t at = (b * p.heads + h) * p.query_slots + slot;
+    const int slot = shared.first + first + products.row(r);
+    if (lane_id() % P::kLanes || slot >= shared.end) continue;
+    const int64_t at = (static_cast<int64_t>(shared.batch) * p.heads + shared.head) * p.query_slots + slot;
     const float natural = highest[r] + log2_fast(sum);
     // what to_log2 clamped to the lowest float is the lowest float in either unit
     a.lse[at] = empty ? -kInfinity : has_terms && highest[r] == kLowest ? natural : natural * kLn2;
-    if (a.row_sq) a.row_sq[at] = empty ? 0.0f : sum_of_squares * inverse * inverse;
+    if (Shape::kFull && a.row_sq) a.row_sq[at] = empty ? 0.0f : sum_of_squares * inverse * inverse;
   }
   __syncwarp();
-  T* const result = a.out.at<T>(b, h);
+  T* const result = a.out.at<T>(shared.batch, shared.head);
 #pragma unroll
   for (int i = 0; i < Shape::kWarpRows * Tile::kPieces / kWarp; ++i) {
     const int place = lane_id() + i * kWarp, r = place / Tile::kPieces, piece = place % Tile::kPieces;
-    const int slot = work.first + first + r, row = a.by_row ? shared.rows[first + r] : slot;
-    if (slot >= work.own.end || row < 0 || piece * Tile::kPiece >= p.value_width) continue;
+    const int slot = shared.first + first + r, row = a.by_row ? shared.rows[first + r] : slot;
+    if (slot >= shared.end || row < 0 || piece * Tile::kPiece >= p.value_width) continue;
     T* to = result + row * a.out.row + piece * Tile::kPiece;
     const Wide<T> numbers = load_wide(products.query + Tile::at(r, piece));
     if (p.aligned)

@@ -16,8 +16,10 @@ struct TileRows {
 
   static __device__ __forceinline__ int at(int row, int piece) {
     if constexpr (sizeof(T) == 4) return row * kPitch + piece * kPiece;
-    // rows of 128 bytes begin in the same bank, rows of 64 bytes every second one
-    return row * kPitch + (piece ^ (W % 64 == 0 ? row % 8 : row / 2 % 4)) * kPiece;
+    // rows of 128 bytes begin in the same bank, rows of 64 bytes every second one; pieces stay within their eight or four
+    constexpr int kMask = W % 64 == 0 ? 7 : 3;
+    const int turn = W % 64 == 0 ? row : row / 2;
+    return row * kPitch + ((piece & ~kMask) + ((piece ^ turn) & kMask)) * kPiece;
   }
 };
 
