@@ -53,7 +53,7 @@ void order(Tensor order, Tensor fresh, Tensor marks, Tensor rows, Tensor cells, 
 template <class Shape>
 void launch_exact(const Tensor& on, ExactArguments a, int64_t heads) {
   a.blocks = (a.p.rows + Shape::kRows - 1) / Shape::kRows;
-  launch(on, attention_exact<Shape>, a.blocks * heads, Shape::kThreads, sizeof(typename Shape::Shared), a);
+  launch(on, attention_exact<Shape>, a.blocks * heads, Shape::kThreads, sizeof(typename Shape::Team), a);
 }
 
 // order and fresh as `order` finds them, for a frame that is not the first: then cells are the keys that changed
@@ -84,10 +84,9 @@ void exact(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor or
   with_float("query", query, [&](auto number) {
     using T = decltype(number);
     with_width(a.p, [&](auto head_width) {
-      // as the forward kernel's small blocks: three walks take no more registers than one
-      constexpr int kWidth = decltype(head_width)::value, kKeys = sizeof(T) == 4 || kWidth > 64 ? 32 : 64;
-      if (a.p.rel == Kind::none) return launch_exact<ForwardShape<T, kWidth, 4, 1, kKeys, 2, false>>(query, a, batch * heads);
-      launch_exact<ForwardShape<T, kWidth, 4, 1, 32, 2, true>>(query, a, batch * heads);
+      constexpr int kWidth = decltype(head_width)::value;
+      if (a.p.rel == Kind::none) return launch_exact<ChangeShape<T, kWidth, false>>(query, a, batch * heads);
+      launch_exact<ChangeShape<T, kWidth, true>>(query, a, batch * heads);
     });
   });
 }
@@ -95,7 +94,7 @@ void exact(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor or
 template <class Shape, bool Cast>
 void launch_paper(const Tensor& on, PaperArguments a, int64_t heads) {
   a.blocks = (a.p.rows + Shape::kRows - 1) / Shape::kRows;
-  launch(on, attention_paper<Shape, Cast>, a.blocks * heads, Shape::kThreads, sizeof(typename Shape::Shared), a);
+  launch(on, attention_paper<Shape, Cast>, a.blocks * heads, Shape::kThreads, sizeof(typename Shape::Team), a);
 }
 
 // without cells it is a first frame
@@ -120,10 +119,9 @@ void paper(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor ce
   with_width(a.p, [&](auto head_width) {
     constexpr int kWidth = decltype(head_width)::value;
     // what is stored in another type than the tokens' is computed in float32, with which all of them agree
-    if (dtype != stored) return launch_paper<ForwardShape<float, kWidth, 4, 1, 32, 2, true>, true>(query, a, batch * heads);
-    with_float("query", query, [&](auto number) {
-      launch_paper<ForwardShape<decltype(number), kWidth, 4, 1, 32, 2, true>, false>(query, a, batch * heads);
-    });
+    if (dtype != stored) return launch_paper<ChangeShape<float, kWidth, true>, true>(query, a, batch * heads);
+    with_float("query", query,
+               [&](auto number) { launch_paper<ChangeShape<decltype(number), kWidth, true>, false>(query, a, batch * heads); });
   });
 }
 

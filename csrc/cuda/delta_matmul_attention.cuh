@@ -5,7 +5,7 @@
 // was added.
 #pragma once
 
-#include "sparse_attention_forward.cuh"
+#include "sparse_attention_products.cuh"
 
 namespace tokenops {
 namespace {
@@ -66,20 +66,30 @@ __global__ void __launch_bounds__(kOrderThreads) order_rows(RowOrder p) {
   }
 }
 
-// ---- mode "exact" ----
+// ---- what both modes share ----
 
-struct ExactArguments {
-  AttentionProblem p;             // without lists
-  Grid old_key, old_value;        // as they were in the last frame
-  Grid out;                       // [B, H, N, Dv]
-  float* output;                  // [B, H, N, Dv]; these four are the state's sums, replaced
-  float *maximum, *total, *peak;  // [B, H, N]
-  const int32_t *order, *fresh;   // see RowOrder; null: every row afresh
-  const int32_t* cells;           // [1|B, J]
-  int64_t cells_sample;
-  int changed;  // J
-  float guard;
-  int blocks;  // of rows of a head
+// How a kernel cuts its work: four warps have 16 rows each, two tiles of keys are in flight. Registers bound the keys of a tile: three
+// walks must take no more of them than one.
+template <class Number, int Width, bool Rel>
+struct ChangeShape {
+  using T = Number;
+  static constexpr int kWidth = Width;  // of heads, padded
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kRowTiles = 1, kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
+  static constexpr bool kRel = Rel;  // rel_pos is served
+  static constexpr int kKeys = sizeof(T) == 2 ? (Rel || Width > 64 ? 32 : 64) : Width > 64 ? 16 : 32, kStages = 2;
+  // tiles whose ids are known: rows are copied kStages - 1 tiles ahead, and their ids as far ahead of those
+  static constexpr int kIdTiles = 2 * kStages - 1;
+  // what rel_pos adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
+  static constexpr int kWeightPitch = kKeys + 8;
+
+  struct Team {
+    alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
+    alignas(128) T key[kStages][kKeys * TileRows<T, Width>::kPitch];
+    alignas(128) T value[kStages][kKeys * TileRows<T, Width>::kPitch];
+    alignas(16) float weights[sizeof(T) == 4 || Rel ? kRows * kWeightPitch : 1];
+    int32_t rows[kRows], ids[kIdTiles][kKeys];
+  };
 };
 
 // Keys of one head on their way to shared memory, tile by tile: all of them, or those that a list names.
@@ -145,7 +155,7 @@ __device__ __forceinline__ void find_logits(Products<Shape>& products, typename 
 #pragma unroll
     // rounded before a maximum is subtracted, or the same logit at two maxima would be rounded in two ways
     for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = __fmul_rn(products.logit(r, k), p.scale);
-  if (Shape::kMasked && p.rel != Kind::none) {
+  if (Shape::kRel && p.rel != Kind::none) {
     // by way of shared memory: neighbouring lanes read neighbouring keys
     const Terms terms(p, b, h);
     const int first = warp_id() * Shape::kWarpRows;
@@ -190,13 +200,29 @@ __device__ __forceinline__ float weigh_row(Products<Shape>& products, int r, flo
   return shrink;
 }
 
+// ---- mode "exact" ----
+
+struct ExactArguments {
+  AttentionProblem p;             // without lists
+  Grid old_key, old_value;        // as they were in the last frame
+  Grid out;                       // [B, H, N, Dv]
+  float* output;                  // [B, H, N, Dv]; these four are the state's sums, replaced
+  float *maximum, *total, *peak;  // [B, H, N]
+  const int32_t *order, *fresh;   // see RowOrder; null: every row afresh
+  const int32_t* cells;           // [1|B, J]
+  int64_t cells_sample;
+  int changed;  // J
+  float guard;
+  int blocks;  // of rows of a head
+};
+
 // Carries the sums of a block of rows over to this frame, or computes them afresh; few blocks have rows of both kinds.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads) attention_exact(ExactArguments a) {
   using T = typename Shape::T;
   using P = Products<Shape>;
   const AttentionProblem& p = a.p;
-  auto& shared = shared_memory<typename Shape::Shared>().team[0];
+  auto& shared = shared_memory<typename Shape::Team>();
   // blocks with rows to compute afresh come first in each head, and take longest: they start first, in all heads
   const int heads = gridDim.x / a.blocks, block = blockIdx.x / heads, head = blockIdx.x % heads;
   const int b = head / p.heads, h = head % p.heads, first = block * Shape::kRows;
@@ -392,7 +418,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_paper(PaperArgument
   using P = Products<Shape>;
   using Number = Numbers<T, Cast>;
   const AttentionProblem& p = a.p;
-  auto& shared = shared_memory<typename Shape::Shared>().team[0];
+  auto& shared = shared_memory<typename Shape::Team>();
   const int head = blockIdx.x / a.blocks, first = blockIdx.x % a.blocks * Shape::kRows, b = head / p.heads, h = head % p.heads;
   for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) shared.rows[i] = first + i < p.rows ? first + i : -1;
   __syncthreads();
