@@ -218,7 +218,7 @@ struct ExactArguments {
 
 // Carries the sums of a block of rows over to this frame, or computes them afresh; few blocks have rows of both kinds.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_exact(ExactArguments a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArguments a) {
   using T = typename Shape::T;
   using P = Products<Shape>;
   const AttentionProblem& p = a.p;
@@ -413,7 +413,7 @@ __device__ __forceinline__ void copy_numbers(typename Shape::T* tile, Kind kind,
 
 // What the listed columns of the attention matrix, as stored, gave to a block of rows goes, and what they give now comes.
 template <class Shape, bool Cast>
-__global__ void __launch_bounds__(Shape::kThreads) attention_paper(PaperArguments a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_paper(PaperArguments a) {
   using T = typename Shape::T;
   using P = Products<Shape>;
   using Number = Numbers<T, Cast>;

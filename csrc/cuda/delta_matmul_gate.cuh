@@ -55,7 +55,7 @@ struct ChangeNorm {
 };
 
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kRowThreads) compare(Comparison<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) compare(Comparison<T> p) {
   constexpr int kRun = Wide<T>::kCount;
   const int64_t i = row_of_warp();
   if (i >= static_cast<int64_t>(p.samples) * p.tokens) return;
@@ -124,7 +124,7 @@ struct Sending {
 
 // The chosen tokens, and their change. A lane reads of the old reference what it writes of the new one.
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kRowThreads) send(Sending<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) send(Sending<T> p) {
   constexpr int kRun = Wide<T>::kCount;
   const int64_t i = row_of_warp();
   if (i >= p.lists.total()) return;
@@ -158,7 +158,7 @@ struct ListInversion {
   SampleLists lists;
   int32_t* slot_of;  // [B, N]
 };
-__global__ void __launch_bounds__(kRowThreads) invert_lists(ListInversion p) {
+__global__ void __launch_bounds__(kRowThreads, 1) invert_lists(ListInversion p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= p.lists.total()) return;
   const Slot slot = slot_at(p.lists, static_cast<int>(i));
@@ -215,7 +215,7 @@ struct RowGradient {
 };
 
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kRowThreads) gate_gradient(GateGradient<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) gate_gradient(GateGradient<T> p) {
   constexpr int kRun = Wide<T>::kCount;
   const int64_t i = row_of_warp();
   if (i >= static_cast<int64_t>(p.samples) * p.tokens) return;
@@ -288,7 +288,7 @@ struct NormGradientShared {
 
 // Sums over a strip of rows for the gradients of the norm's weight and bias; strips are added up afterwards.
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kRowThreads) norm_gradient(GateGradient<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) norm_gradient(GateGradient<T> p) {
   constexpr int kRun = Wide<T>::kCount, kColumns = NormGradientShared<T>::kColumns;
   auto& shared = shared_memory<NormGradientShared<T>>();
   const int blocks = (p.width + kColumns - 1) / kColumns, strip = blockIdx.x / blocks, from = blockIdx.x % blocks * kColumns;

@@ -168,7 +168,7 @@ struct TileSource {
 };
 
 template <class Shape, bool Aligned>
-__global__ void __launch_bounds__(Shape::kThreads) layer(Layer<typename Shape::T> p) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) layer(Layer<typename Shape::T> p) {
   using T = typename Shape::T;
   using Out = typename Shape::Out;
   auto& shared = shared_memory<typename Shape::Shared>();
@@ -251,7 +251,7 @@ struct NormalizedRows {
 };
 
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kRowThreads) normalize_rows(NormalizedRows<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) normalize_rows(NormalizedRows<T> p) {
   const int64_t i = row_of_warp();
   if (i >= p.lists.total()) return;
   const Slot slot = slot_at(p.lists, static_cast<int>(i));

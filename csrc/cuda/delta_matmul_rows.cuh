@@ -133,7 +133,7 @@ __device__ __forceinline__ Wide<T> normalized(const Wide<T>& run, const Normaliz
   return result;
 }
 
-// kernels with a warp for each row
+// Kernels with a warp for each row. Their launch bounds say one block a processor: or the compiler spills a few registers to fit one more.
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * kWarp;
 __device__ __forceinline__ int64_t row_of_warp() { return static_cast<int64_t>(blockIdx.x) * kRowWarps + warp_id(); }
