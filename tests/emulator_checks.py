@@ -130,7 +130,8 @@ def _notices(kernels: RandomCalls, site: str) -> str:
 
 
 def main(module: str) -> None:
-    native.emulate_cuda()
+    # what a test module finds under pytest: the emulated kernels, and hypothesis's profiles
+    importlib.import_module("conftest")
     torch.set_num_threads(1)
     # torch.empty gives NaN, so a result that a kernel left out shows
     torch.use_deterministic_algorithms(True)

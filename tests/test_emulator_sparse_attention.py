@@ -31,10 +31,9 @@ def check_forward(call: Call) -> tuple[Tensor, ...]:
     return got.out, got.lse, got.row_sq, alone, aux.lse
 
 
+# short sequences have kernels of their own, and so have long ones
 RANDOM_CALLS = {
-    "sequences of up to 32 rows": RandomCalls(dense.calls(32, 128), check_forward),
-    "sequences of up to 80 rows": RandomCalls(dense.calls(80, 128), check_forward),
-    "sequences of up to 300 rows": RandomCalls(dense.calls(300, 128), check_forward),
+    "grids": RandomCalls(st.one_of(dense.calls(32, 128), dense.calls(300, 128)), check_forward),
     "packed sequences": RandomCalls(varlen.packed_calls(), check_forward),
 }
 
@@ -45,7 +44,7 @@ def check(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_call_in_any_order(name: str, data: Any) -> None:
     check(name, data)

@@ -13,17 +13,19 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
 }
 
 // How work is cut. None was chosen by time: that takes a GPU. What counted were registers (a warp of 32 rows reads keys and values from
-// shared memory half as often as one of 16; its 255 registers let two blocks run beside each other), shared memory (the same two blocks on
-// sm_80) and copies under way (three stages where they fit).
+// shared memory half as often as one of 16; at 255 registers two blocks run beside each other), shared memory (the same two blocks on
+// sm_80, and 99 KB on architectures that have no more) and copies under way (three stages where they fit). Not every shape is built for
+// every width and type: where one is missing the next serves.
 template <class T, int W>
 struct ForwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr bool kHasLarge = W >= 64 && !(kFloat && W > 64), kHasSmall = !kFloat, kHasShort = !kFloat && W <= 64;
   static constexpr int kKeys = kFloat && W == 128 ? 16 : 32;
-  using Large = ForwardShape<T, W, 4, 2, kFloat || W == 128 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
-  using Small = ForwardShape<T, W, 4, 1, kFloat ? kKeys : 64, 2, false>;
+  using Large = ForwardShape<T, W, 4, 2, kFloat || W >= 96 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
+  using Small = ForwardShape<T, W, 4, 1, 64, 2, false>;
   using Full = ForwardShape<T, W, 4, 1, kKeys, 2, true>;
   // one warp each: 8 to 32 frames, or a class token that alone looks at many keys
-  using Short = ForwardShape<T, W, 1, 2, 16, kFloat ? 2 : 3, true>;
+  using Short = ForwardShape<T, W, 1, 2, 16, 3, true>;
   using Shortest = ForwardShape<T, W, 1, 1, 16, 2, true>;
 };
 
@@ -31,18 +33,28 @@ struct ForwardShapes {
 template <class T, int W>
 void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch, int64_t queries) {
   using Shapes = ForwardShapes<T, W>;
-  if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
-  if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);
-  if (a.p.mask != Kind::none || a.p.rel != Kind::none || a.row_sq) return launch_forward<typename Shapes::Full>(on, a, batch);
-  // large blocks where two for each processor are left, and where they are not much emptier than small ones; float's wide rows do not fit
-  if constexpr (!Shapes::kFloat || W <= 64) {
-    constexpr int64_t kLarge = Shapes::Large::kRows, kSmall = Shapes::Small::kRows;
+  const bool full = a.p.mask != Kind::none || a.p.rel != Kind::none || a.row_sq;
+  if constexpr (W == 96) {
+    // only the products of long sequences gain by a width between 64 and 128
+    if (Shapes::kFloat || full || queries <= Shapes::Shortest::kRows) return forward_of_width<T, 128>(on, a, batch, queries);
+  } else {
+    if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
+    if constexpr (Shapes::kHasShort)
+      if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);
+    if (full) return launch_forward<typename Shapes::Full>(on, a, batch);
+  }
+  if constexpr (Shapes::kHasLarge) {
+    // where two large blocks for each processor are left, and they are not much emptier than small ones
+    constexpr int64_t kLarge = Shapes::Large::kRows, kSmall = Shapes::Full::kRows;
     const int64_t large = (queries + kLarge - 1) / kLarge, small = (queries + kSmall - 1) / kSmall;
     const int64_t blocks = blocks_of(a.p.query_slots, kLarge, false, 0) * batch * a.p.heads;
     if (blocks >= 2 * processors(on) && 4 * large * kLarge <= 5 * small * kSmall)
       return launch_forward<typename Shapes::Large>(on, a, batch);
   }
-  launch_forward<typename Shapes::Small>(on, a, batch);
+  if constexpr (Shapes::kHasSmall)
+    launch_forward<typename Shapes::Small>(on, a, batch);
+  else if constexpr (W != 96)
+    launch_forward<typename Shapes::Full>(on, a, batch);
 }
 
 void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor key, Tensor value, OptionalTensor q_index,

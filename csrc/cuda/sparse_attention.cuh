@@ -97,9 +97,10 @@ __device__ __forceinline__ Span span_of(const int32_t* cu_seqlens, int sequence,
 // A block of slots of one side, its owner's, and the slots of the other side that it meets. Nothing else writes the owner's results: no
 // atomics, the same bits every run.
 struct Work {
-  int first;    // slot of the block
-  Span own;     // slots of its head or sequence
-  Span others;  // of the other side
+  int first;     // slot of the block
+  Span own;      // slots of its head or sequence
+  Span others;   // of the other side
+  bool padding;  // behind the last sequence: slots that name no row
 
   __device__ __forceinline__ bool empty() const { return first >= own.end; }
 };
@@ -114,7 +115,7 @@ __host__ __device__ inline int64_t blocks_of(int64_t slots, int block, bool pack
 template <int Block>
 __device__ __forceinline__ Work find_work(int block, const int32_t* own_bounds, int own_slots, const int32_t* other_bounds, int other_slots,
                                           int sequences) {
-  if (!own_bounds) return {block * Block, {0, own_slots}, {0, other_slots}};
+  if (!own_bounds) return {block * Block, {0, own_slots}, {0, other_slots}, false};
   int low = 0, high = sequences;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -125,11 +126,10 @@ __device__ __forceinline__ Work find_work(int block, const int32_t* own_bounds, 
   }
   const Span own = span_of(own_bounds, low, sequences, own_slots);
   Span others = span_of(other_bounds, low, sequences, other_slots);
-  // the padding behind the last sequence meets nothing
   if (low == sequences) others.end = others.begin;
   // not past the end of int where bounds are nonsense
   const int64_t first = own.begin + (static_cast<int64_t>(block) - (own.begin / Block + low)) * Block;
-  return {static_cast<int>(min(max(first, static_cast<int64_t>(own.begin)), static_cast<int64_t>(own.end))), own, others};
+  return {static_cast<int>(min(max(first, static_cast<int64_t>(own.begin)), static_cast<int64_t>(own.end))), own, others, low == sequences};
 }
 
 // Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the

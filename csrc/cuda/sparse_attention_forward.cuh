@@ -39,7 +39,7 @@ struct ForwardShape {
     int32_t rows[kRows], ids[kIdTiles][Keys];
     // whose rows these are, for later
     int batch, head, first, end;
-    int partial[Warps];
+    int partial[2][Warps];
   };
   // what fits a block of any architecture
   static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
@@ -48,6 +48,19 @@ struct ForwardShape {
     Team team[kTeams];
   };
 };
+
+// The largest number of a team's threads. `partial` is shared memory that is used once.
+template <int Warps>
+__device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
+  number = fold_lanes(number, [](int a, int b) { return max(a, b); });
+  if constexpr (Warps > 1) {
+    if (lane_id() == 0) partial[warp_id()] = number;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < Warps; ++warp) number = max(number, partial[warp]);
+  }
+  return number;
+}
 
 // The keys that a block of queries meets, tile by tile. It is told the head each time: pointers kept through the loop over tiles would
 // cost registers that the products need.
@@ -85,7 +98,7 @@ struct KeyTiles {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArguments a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardArguments a) {
   using T = typename Shape::T;
   using Tile = TileRows<T, Shape::kWidth>;
   using P = Products<Shape>;
@@ -107,19 +120,12 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
   const SlotList queries(p.q_index, b, h, p.rows);
   int last = -1;
   for (int i = thread; i < Shape::kRows; i += Shape::kTeam) {
-    const int slot = work.first + i, row = queries.row(slot, work.own.end);
+    const int slot = work.first + i, row = work.padding ? -1 : queries.row(slot, work.own.end);
     shared.rows[i] = row;
     if (row >= 0) last = max(last, p.packed() ? slot - work.own.begin : row);
   }
   if (p.causal) {
-    const auto over_team = [&](int x) {
-      const auto larger = [](int x, int y) { return max(x, y); };
-      if constexpr (Shape::kWarps == 1)
-        return fold_lanes(x, larger);
-      else
-        return fold_block(x, shared.partial, larger);
-    };
-    last = over_team(last);
+    last = most_of_team(last, shared.partial[0]);
     if (p.packed() || !p.kv_index.data) {
       keys.end = min(keys.end, keys.begin + last + 1);
     } else {
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(ForwardArgu
         const int row = list.row(slot, keys.end);
         if (row >= 0 && row <= last) bound = slot + 1;
       }
-      keys.end = over_team(bound);
+      keys.end = most_of_team(bound, shared.partial[1]);
     }
   }
   const KeyTiles<Shape> tiles{shared, p, keys, thread};
