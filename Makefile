@@ -7,6 +7,8 @@ TORCH ?= 2.13.0
 TRITON ?= 3.6.0
 # where pip looks for torch besides its own index: https://download.pytorch.org/whl/cpu saves the gigabytes of a CUDA build
 TORCH_INDEX ?=
+# tests run on so many cores, each with one thread
+JOBS ?= 2
 # for pytest or the benchmark CLI: make test ARGS="-k dispatch"
 ARGS ?=
 # of gpu-test and gpu-bench; cpu rehearses them: make gpu-test gpu-bench DEVICE=cpu GPU_BENCH="--preset quick"
@@ -56,11 +58,14 @@ $(library): $(environment) setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/* 
 	TOKENOPS_EMULATED=1 $(python) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# a file that builds or installs something stays on one core
+beside = --numprocesses $(JOBS) --dist loadgroup
+
 test: $(library)
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(beside) $(ARGS)
 
 test-full: sanitize $(library)
-	$(python) -m pytest -m "full or not full" --hypothesis-profile=full $(ARGS)
+	$(python) -m pytest $(beside) -m "full or not full" --hypothesis-profile=full $(ARGS)
 
 # the Python tests run on a second package whose library holds the sanitizers; torch itself does not, hence the preloading
 sanitize: $(library)

@@ -57,6 +57,10 @@ def smoke(place: Path, backend: str, *, torch_version: str = torch.__version__, 
     run(sys.executable, script, place, torch_version, backend, PYTHONPATH=search)
 
 
+# what is built for one test serves the others
+pytestmark = pytest.mark.xdist_group("package")
+
+
 def needs(*tools: str) -> None:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
