@@ -31,7 +31,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_100")
 # consumer parts, with 99 KiB of shared memory
 ALL_ARCHS = (*ARCHS, "sm_86", "sm_89", "sm_120")
 # kernels that multiply matrices: in half precision that is the tensor cores' work
-PRODUCTS = {"tile_product"}
+PRODUCTS = {"attention_exact", "attention_paper", "layer", "tile_product"}
 HALF_TYPES = ("bf16", "f16")
 
 

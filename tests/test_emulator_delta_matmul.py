@@ -134,6 +134,40 @@ def updates(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return normal(batch, rows, width, dtype=dtype), normal(batch, slots, width, dtype=dtype, seed=1), index
 
 
+class Orders(NamedTuple):
+    rows: Tensor
+    cells: Tensor
+    tokens: int
+    keys: int
+    turn: int
+    slice_rows: int
+    most: int
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Orders:
+    batch, tokens = draw(st.integers(1, 3)), draw(st.one_of(st.integers(1, 100), st.integers(1, 2000)))
+    keys = draw(st.sampled_from((tokens, -(-tokens // 4))))
+    rows, cells = (lists(batch, each, draw(st.integers(0, each)), seed=draw(st.integers(0, 99))) for each in (tokens, keys))
+    slices = draw(st.integers(0, tokens))
+    return Orders(rows, cells, tokens, keys, draw(st.integers(0, 9)), slices, draw(st.integers(0, keys)))
+
+
+def check_order(call: Orders) -> tuple[Tensor, ...]:
+    """Which rows of delta_attention are computed afresh."""
+    rows, cells, tokens, keys, turn, slice_rows, most = call
+    batch = rows.shape[0]
+    order, fresh, marks = torch.empty(batch, tokens).int(), torch.empty(batch).int(), torch.empty(batch, tokens).to(torch.uint8)
+    run = torch.ops.tokenops.delta_matmul_cuda_order.default
+    run(order, fresh, marks, rows, cells, torch.tensor(turn, dtype=torch.int32), keys, slice_rows, most)
+    for b in range(batch):
+        afresh = set(range(tokens)) if int((cells[b] >= 0).sum()) > most else set(rows[b].tolist()) - {-1}
+        afresh |= set(range(tokens)[turn * slice_rows : (turn + 1) * slice_rows])
+        assert order[b].tolist() == sorted(afresh) + sorted(set(range(tokens)) - afresh)
+        assert fresh[b] == len(afresh)
+    return order, fresh
+
+
 class Frames(NamedTuple):
     frames: list[attending.Frame]
     options: dict[str, Any]
@@ -200,6 +234,7 @@ RANDOM_CALLS = {
     "update_tokens": RandomCalls(updates(), check_update),
     "small layers": RandomCalls(layer_calls(40), check_layers),
     "layers of several blocks": RandomCalls(layer_calls(300), check_layers),
+    "rows to compute afresh": RandomCalls(orders(), check_order),
     "delta_attention, exact": RandomCalls(frames("exact"), check_frames),
     "delta_attention, paper": RandomCalls(frames("paper"), check_frames),
 }

@@ -25,6 +25,7 @@ struct RowOrder {
 
 constexpr int kOrderWarps = 16, kOrderThreads = kOrderWarps * kWarp;
 struct OrderShared {
+  int changed[kOrderWarps], count[kOrderWarps];
   // of one round and the next
   int partial[2][kOrderWarps];
 };
@@ -32,7 +33,6 @@ struct OrderShared {
 // One block a sample.
 __global__ void __launch_bounds__(kOrderThreads) order_rows(RowOrder p) {
   auto& shared = shared_memory<OrderShared>();
-  const auto sum = [&](int count) { return fold_block(count, shared.partial[0], [](int a, int b) { return a + b; }); };
   const int thread = threadIdx.x;
   const int32_t *rows = p.rows + blockIdx.x * p.rows_sample, *cells = p.cells + blockIdx.x * p.cells_sample;
   int32_t* const order = p.order + static_cast<int64_t>(blockIdx.x) * p.tokens;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_rows(RowOrder p) {
 
   int changed = 0;
   for (int j = thread; j < p.cell_slots; j += kOrderThreads) changed += names(cells[j], p.keys);
-  const bool all = sum(changed) > p.most;
+  const bool all = sum_warps(sum_lanes(changed), shared.changed).all > p.most;
   // a turn out of range is nobody's: another `refresh` may be asked for than in the frame before
   const int64_t turn = static_cast<int64_t>(*p.turn) * p.slice;
   for (int n = thread; n < p.tokens; n += kOrderThreads) marks[n] = all || (n >= turn && n < turn + p.slice);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_rows(RowOrder p) {
   __syncthreads();
   int count = 0;
   for (int n = thread; n < p.tokens; n += kOrderThreads) count += marks[n];
-  count = sum(count);
+  count = sum_warps(sum_lanes(count), shared.count).all;
   if (thread == 0) p.fresh[blockIdx.x] = count;
   int before = 0;
   for (int start = 0, round = 0; start < p.tokens; start += kOrderThreads, ++round) {
@@ -138,8 +138,7 @@ struct Keys {
       cp_async_commit();
       use(ids(tile), shared.key[tile % Shape::kStages], shared.value[tile % Shape::kStages]);
     }
-    // ids that no tile needed; and the next walk writes where this one reads
-    cp_async_wait<0>();
+    // the next walk writes where this one reads
     __syncthreads();
   }
 };

@@ -78,7 +78,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) compare(Comparison<T> p) {
       norm.add(p.order, change);
     }
     if (p.sums.data) store_run<Aligned>(p.sums.at(b, n), c, p.width, sum);
-    if (p.next.data) store_run<Aligned>(p.next.at(b, n), c, p.width, p.keep ? before : now);
+    // a choice of one of them would put both into memory
+    if (p.next.data && p.keep) store_run<Aligned>(p.next.at(b, n), c, p.width, before);
+    if (p.next.data && !p.keep) store_run<Aligned>(p.next.at(b, n), c, p.width, now);
     if (p.values.data) {
       store_run<Aligned>(p.values.at(b, n), c, p.width, now);
       store_run<Aligned>(p.delta.at(b, n), c, p.width, now);
