@@ -32,7 +32,7 @@ help:
 	@echo "make test        build, run every test (12 minutes at most on 2 cores)"
 	@echo "make bench       build, run the benchmark's quick preset on real video (3 minutes at most)"
 	@echo "make test-full   the long tests and the sanitizers too"
-	@echo "make sanitize    the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize    the C++ kernels, the emulated CUDA ones too, under AddressSanitizer and UBSan"
 	@echo "make gpu-check   compile the GPU kernels for sm_80, sm_90, sm_100 without a GPU: registers, spills, shared memory"
 	@echo "make gpu-test    the tests on a GPU           make gpu-bench   the benchmark on a GPU (both: DEVICE=cpu rehearses)"
 	@echo "make lint        ruff, clang-format, mypy     make format      let them rewrite"
@@ -67,13 +67,16 @@ test: $(library)
 test-full: sanitize $(library)
 	$(python) -m pytest $(beside) -m "full or not full" --hypothesis-profile=full $(ARGS)
 
-# the Python tests run on a second package whose library holds the sanitizers; torch itself does not, hence the preloading
+# the Python tests run on a second package whose libraries hold the sanitizers; torch itself does not, hence the preloading
+sanitized = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+  TOKENOPS_SANITIZE=1 PYTHONPATH=build/sanitize/lib pytest tests $(beside)
+
 sanitize: $(library)
 	TOKENOPS_SANITIZE=1 TOKENOPS_EMULATED=1 TOKENOPS_BUILD=cpu $(python) setup.py --quiet build --build-lib build/sanitize/lib
 	isas=$$($(python) -c 'from tokenops import native; print(*native.cpu_isas())'); \
 	for test in $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(wildcard tests/cpp/test_*.cpp)); do $$test $$isas || exit 1; done
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  TOKENOPS_SANITIZE=1 PYTHONPATH=build/sanitize/lib pytest tests -k "cpu and not (compile or benchmark or interpreter) or record_describes" $(ARGS)
+	$(sanitized) -k "(cpu or cuda or emulator) and not (compile or benchmark or interpreter or cuda_check) or record_describes" $(ARGS)
+	$(sanitized) -m full -k many_calls_in_any_order
 
 bench: $(library)
 	$(python) -m tokenops.benchmarks bench --preset quick $(ARGS)

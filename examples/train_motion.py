@@ -57,7 +57,7 @@ from tokenops.models import (
     tome,
 )
 from tokenops.models.blocks import Block
-from tokenops.models.haltingvt import PatchEmbed
+from tokenops.models.haltingvt_layers import PatchEmbed
 
 PATCH = 8
 GRID = SIDE // PATCH

@@ -35,7 +35,7 @@ ROOMS = ("delta_matmul", "sparse_attention", "token_merge", "token_select")
 # of threads and blocks: ascending, descending, shuffled
 ORDERS = (0, 1, 2)
 # how many random calls a kernel without a barrier gets to show it
-EXAMPLES = 60
+EXAMPLES = 100
 # seconds for them; they take a few
 PATIENCE = 120
 

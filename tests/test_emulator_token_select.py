@@ -24,8 +24,8 @@ pytestmark = emulated
 
 # lists for each kernel that a length chooses, and of several chunks
 TOKENS = st.one_of(st.integers(1, 90), st.integers(1, 600), st.sampled_from((512, 513, 4096, 4097, 16385, 40000)))
-# samples and rows: several chunks of slots in a list, and of lists
-SHAPES = st.one_of(st.tuples(st.integers(1, 4), st.integers(1, 40)), st.sampled_from(((2, 2050), (1, 5000), (1100, 2))))
+# samples and rows: several warps, and several chunks, of slots in a list and of lists
+SHAPES = st.one_of(packing.SHAPES, st.tuples(st.integers(30, 200), st.integers(1, 3)), st.sampled_from(((2, 2050), (1, 5000), (1100, 2))))
 
 
 def check_selection(call: tuple[Tensor, int, dict[str, object]]) -> tuple[Tensor, ...]:
@@ -68,17 +68,14 @@ def check_halting(call: Halting) -> tuple[Tensor, ...]:
     return (*new, *(grads[name] for name in GRADIENTS))
 
 
-def check_packing(call: tuple[Tensor, Tensor, int]) -> tuple[Tensor, ...]:
-    return packing.assert_packed(*call, "cuda")
-
-
-def check_packing_by_count(call: tuple[Tensor, Tensor, int]) -> tuple[Tensor, ...]:
-    """As many of the first rows as a list has ids."""
+def check_packing(call: tuple[Tensor, Tensor, int], by_count: bool = False) -> tuple[Tensor, ...]:
+    """By lists, or as many of the first rows as a list has ids."""
     x, index, total = call
-    count = (index >= 0).sum(-1, dtype=torch.int32)
-    results = tokenops.pack_tokens(x, count=count, total=total, backend="cuda")
-    for got, want in zip(results, reference.packing(x.flatten(2), None, count, total), strict=True):
-        assert torch.equal(got.flatten(1) if got.dim() > 1 else got, want)
+    count = (index >= 0).sum(-1, dtype=torch.int32) if by_count else None
+    given = {"count": count} if by_count else {"index": index}
+    results = tokenops.pack_tokens(x, **given, total=total, backend="cuda")
+    for got, want in zip(results, reference.packing(x, None if by_count else index, count, total), strict=True):
+        assert torch.equal(got, want)
     return results
 
 
@@ -98,7 +95,7 @@ RANDOM_CALLS = {
     "select_tokens": RandomCalls(choosing.calls(TOKENS), check_selection),
     "halt_tokens": RandomCalls(halting_calls(), check_halting),
     "pack_tokens": RandomCalls(packing.calls(SHAPES), check_packing),
-    "pack_tokens by count": RandomCalls(packing.calls(SHAPES), check_packing_by_count),
+    "pack_tokens by count": RandomCalls(packing.calls(SHAPES), functools.partial(check_packing, by_count=True)),
     "unpack_tokens": RandomCalls(packing.calls(SHAPES), check_unpacking),
 }
 

@@ -140,7 +140,8 @@ def packed_halting(call: Halting, lengths: list[int], padding: int = 0) -> Halti
     def rows(t: Tensor) -> Tensor:
         return torch.cat([t[mask], t.flatten(0, 1)[:padding]])
 
-    state = HaltState._make(rows(t) if t.shape[:2] == call.x.shape[:2] else t for t in call.state)
+    # an output of class tokens stays: it has a row for each sample
+    state = HaltState._make(t if name == "out" and t.dim() == 2 else rows(t) for name, t in call.state._asdict().items())
     bounds = torch.tensor([0, *lengths], device=call.x.device).cumsum(0).int()
     return Halting(rows(call.x), state, {**call.options, "cu_seqlens": bounds})
 

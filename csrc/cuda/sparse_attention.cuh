@@ -149,6 +149,7 @@ __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride
     if (aligned) {
       cp_async_16(to, from, valid);
     } else {
+#pragma unroll 1
       for (int j = 0; j < Tile::kPiece; ++j) to[j] = valid ? from[j] : T{};
     }
   }

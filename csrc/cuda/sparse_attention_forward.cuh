@@ -154,8 +154,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   else
     __syncthreads();
 
-  copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
-                                                       p.rows, thread);
+  // where there is no key nobody waits for copies before results take the queries' place
+  if (tiles.count() > 0)
+    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
+                                                         p.rows, thread);
 #pragma unroll
   for (int tile = 0; tile < Shape::kStages - 1; ++tile) {
     tiles.start_rows(tile, b, h / p.group);
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
     }
     products.multiply_values(shared.value[tile % Shape::kStages]);
   }
-  // of ids and rows that no tile needed
+  // for ids that no tile needed
   cp_async_wait<0>();
 
 #pragma unroll

@@ -290,7 +290,12 @@ void launch_copies(const Tensor& on, Pack p, const RowGrid& from, const RowGrid&
 }
 
 void launch_numbers(const Tensor& on, const NumberSlots& p, int64_t lists) {
-  launch(on, number_slots, lists, kNumberThreads, sizeof(NumberShared), p);
+  const auto run = [&](auto threads) {
+    launch(on, number_slots<threads.value>, lists, threads.value, sizeof(NumberShared<threads.value>), p);
+  };
+  // there may be very many short lists: a warp for each
+  if (p.lists.slots <= kWarp * kNumberItems) return run(std::integral_constant<int, kWarp>{});
+  run(std::integral_constant<int, 256>{});
 }
 
 // `ranks` as index, and `filled` [1|L]: room to work, with an index

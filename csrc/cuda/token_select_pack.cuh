@@ -30,16 +30,18 @@ struct NumberSlots {
   int packed_rows;
 };
 
-constexpr int kNumberThreads = 256, kNumberItems = 8;
+constexpr int kNumberItems = 8;
 
+template <int Threads>
 struct NumberShared {
   // in turns: the numbers of one chunk may still be read while the next chunk's are written
-  int sums[2][kNumberThreads / kWarp];
+  int sums[2][Threads / kWarp];
 };
 
 // One block for each list.
-__global__ void __launch_bounds__(kNumberThreads) number_slots(NumberSlots p) {
-  auto& shared = shared_memory<NumberShared>();
+template <int Threads>
+__global__ void __launch_bounds__(Threads) number_slots(NumberSlots p) {
+  auto& shared = shared_memory<NumberShared<Threads>>();
   const int list = static_cast<int>(blockIdx.x), lane = lane_id();
   // neighbouring slots for a warp, every 32nd of them for a lane
   const int first = warp_id() * (kWarp * kNumberItems) + lane;
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kNumberThreads) number_slots(NumberSlots p) {
     begin = p.bounds[list * p.bounds_stride];
     length = p.bounds[(list + 1) * p.bounds_stride] - begin;
   }
-  for (int start = 0; start < p.lists.slots; start += kNumberThreads * kNumberItems) {
+  for (int start = 0; start < p.lists.slots; start += Threads * kNumberItems) {
     int ids[kNumberItems];
     unsigned filled = 0;
 #pragma unroll

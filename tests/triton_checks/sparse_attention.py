@@ -132,6 +132,20 @@ for _name_, _make_ in PACKED.items():
         CHECKS[f"{_name_}, {_dtype_}"] = functools.partial(_packed, _make_, DTYPES[_dtype_])
 
 
+@CHECKS.add
+def padding_is_not_written_into_a_grid() -> None:
+    for call in (packed((5, 18), (9, 21), padding=7), packed((19, 3, 16), (4, 16, 20), heads=4, grid=64, padding=5)):
+        rows, heads, _ = call["query"].shape
+        compact = tokenops.sparse_attention_varlen(**call, backend="triton")
+        grid = torch.full((rows, heads, 24), 7.0)
+        tokenops.sparse_attention_varlen(**call, out=grid, backend="triton")
+        want = torch.full_like(grid, 7.0)
+        for h, index in enumerate(call.get("q_index", torch.arange(rows)).expand(heads, -1)):
+            used = index[: call["cu_seqlens_q"][-1]]
+            want[used[used >= 0], h] = compact[: len(used)][used >= 0, h]
+        assert torch.equal(grid, want)
+
+
 # rel_pos, where a row of cells needs more than one block, or next to nothing of one
 
 _ON_A_GRID_ = {"batch": 1, "heads": 4, "kv_heads": 2, "query_rows": 40, "key_rows": 40, "width": 16}

@@ -274,6 +274,9 @@ def forward(
 
     q_slots = first + tl.arange(0, BLOCK_Q)
     rows, filled = _listed(q_index, q_slots, end, N)
+    if PACKED:
+        # what stands in the padding behind the last sequence names no row: a grid would be overwritten there
+        filled = filled & (sequence < sequences)
     q = _load_rows(query, rows, filled, query_strides[2] * UNIT, D, BLOCK_D)
     order_q = rows
     if PACKED:
