@@ -77,7 +77,8 @@ struct ChangeShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kRowTiles = 1, kWarpRows = 16 * kRowTiles, kRows = kWarps * kWarpRows;
   static constexpr bool kRel = Rel;  // rel_pos is served
-  static constexpr int kKeys = sizeof(T) == 2 ? (Rel || Width > 64 ? 32 : 64) : Width > 64 ? 16 : 32, kStages = 2;
+  static constexpr int kHalfKeys = Rel && Width > 96 ? 16 : Rel || Width > 64 ? 32 : 64, kFloatKeys = Width > 64 ? 16 : 32;
+  static constexpr int kKeys = sizeof(T) == 2 ? kHalfKeys : kFloatKeys, kStages = 2;
   // tiles whose ids are known: rows are copied kStages - 1 tiles ahead, and their ids as far ahead of those
   static constexpr int kIdTiles = 2 * kStages - 1;
   // what rel_pos adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart

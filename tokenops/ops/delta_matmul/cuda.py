@@ -149,9 +149,9 @@ class NativeCUDA:
         torch.ops.tokenops.delta_matmul_cuda_linear.default(out, normalized, hidden, *p, into)
 
     def linear_backward(self, problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
-        """The matrix products are torch's, on the listed rows and in the dtype of x: those are dense, and tensor cores do them. Only the
-        gradient of x is spread over its grid here."""
-        results = reference.listed_gradients(problem, grad_out, [grad is not None for grad in grads], problem.x.dtype)
+        """The matrix products are torch's, on the listed rows and in float32: rounded in between to a half type, gradients that nearly
+        cancel would be wrong. Only the gradient of x is spread over its grid here."""
+        results = reference.listed_gradients(problem, grad_out, [grad is not None for grad in grads])
         if grads.x is not None:
             grads.x.zero_()
             torch.ops.tokenops.delta_matmul_cuda_move.default(grads.x, results.x, problem.index, False)

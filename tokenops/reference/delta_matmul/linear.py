@@ -40,21 +40,10 @@ def projected_gradients(problem: LinearProblem, grad_out: Tensor, wanted: Sequen
     return grads._replace(x=replaced(torch.zeros_like(p.x), grads.x, ids))
 
 
-def listed_gradients(
-    problem: LinearProblem, grad_out: Tensor, wanted: Sequence[bool] = (True,) * 7, factors: torch.dtype | None = None
-) -> LinearGradients:
+def listed_gradients(problem: LinearProblem, grad_out: Tensor, wanted: Sequence[bool] = (True,) * 7) -> LinearGradients:
     """The same, of the listed rows of x only: [B, K, C] in its dtype. Written out, because an operator runs below autograd. The first layer
-    is computed anew where something depends on its result.
-
-    Args:
-        factors: what matrices are rounded to before they are multiplied; the rest is computed in ``wide(x)``. Default: that, too.
-    """
+    is computed anew where something depends on its result."""
     p, dtype, want = problem, wide(problem.x), LinearGradients._make(wanted)
-    factors = dtype if factors is None else factors
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return (a.to(factors) @ b.to(factors)).to(dtype)
-
     ids = row_ids(p.index, p.x.shape[0], p.x.shape[1])
     gathered = taken(p.x, ids).to(dtype)
     rows = gathered
@@ -64,23 +53,21 @@ def listed_gradients(
     grad = grad_out.to(dtype).masked_fill((ids < 0).unsqueeze(-1), 0.0)
     x, weight, bias, norm_weight, norm_bias, weight_2, bias_2 = (None,) * 7
     bends = p.activation != "none"
-    inner = None
-    if bends or (want.weight_2 and p.weight_2 is not None):
-        inner = _affine(rows.to(factors), p.weight, p.bias).to(dtype)
+    inner = _affine(rows, p.weight, p.bias) if bends or (want.weight_2 and p.weight_2 is not None) else None
     if p.weight_2 is not None:
         if want.weight_2 and inner is not None:
-            weight_2 = product(grad.flatten(0, 1).T, _activated(inner, p.activation).flatten(0, 1))
+            weight_2 = _outer(grad, _activated(inner, p.activation))
         if want.bias_2:
             bias_2 = grad.sum((0, 1))
-        grad = product(grad, p.weight_2)
+        grad = grad @ p.weight_2.to(dtype)
     if bends and inner is not None:
         grad = grad * _slope(inner, p.activation)
     if want.weight:
-        weight = product(grad.flatten(0, 1).T, rows.flatten(0, 1))
+        weight = _outer(grad, rows)
     if want.bias:
         bias = grad.sum((0, 1))
     if want.x or want.norm_weight or want.norm_bias:
-        x = product(grad, p.weight)
+        x = grad @ p.weight.to(dtype)
         if p.norm_weight is not None:
             x, norm_weight, norm_bias = normalized_gradients(x, gathered, p.norm_weight, p.norm_eps)
         x = x.to(p.x.dtype)
@@ -89,6 +76,11 @@ def listed_gradients(
 
 def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
+def _outer(grad: Tensor, rows: Tensor) -> Tensor:
+    """[O, C]: gradient of a weight."""
+    return grad.flatten(0, 1).T @ rows.flatten(0, 1)
 
 
 def _activated(h: Tensor, activation: str) -> Tensor:
