@@ -31,7 +31,10 @@ ARCHS = ("sm_80", "sm_90a", "sm_100")
 # consumer parts, with 99 KiB of shared memory
 ALL_ARCHS = (*ARCHS, "sm_86", "sm_89", "sm_120")
 # kernels that multiply matrices: in half precision that is the tensor cores' work
-PRODUCTS = {"tile_product", "search", "token_softmax", "token_terms", "gather"}
+PRODUCTS = {
+    *("tile_product", "attention_forward", "attention_backward", "attention_exact", "attention_paper", "layer"),
+    *("search", "token_softmax", "token_terms", "gather"),
+}
 HALF_TYPES = ("bf16", "f16")
 
 

@@ -28,15 +28,16 @@ def widened(values: dict[str, Any]) -> dict[str, Any]:
     return {name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in values.items()}
 
 
-def assert_gradients(got: Any, want: Any, call: dict[str, Any], wanted: list[str], seed: int = 1) -> None:
-    """Results and gradients of ``got`` on the call are those of ``want`` on the same numbers in float64."""
+def assert_gradients(got: Any, want: Any, call: dict[str, Any], wanted: list[str], seed: int = 1) -> tuple[Tensor, ...]:
+    """Results and gradients of ``got`` on the call, which are those of ``want`` on the same numbers in float64."""
     leaves = {name: call[name].detach().requires_grad_() for name in wanted}
     exact = widened(call)
     exact_leaves = {name: exact[name].requires_grad_() for name in wanted}
     results, expected = got(**{**call, **leaves}), want(**{**exact, **exact_leaves})
     results, expected = ((part,) if isinstance(part, Tensor) else tuple(part) for part in (results, expected))
     dtype = results[0].dtype
-    total, exact_total = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    # what no result depends on has a gradient all the same: 0
+    total, exact_total = (sum((0.0 * leaf.double().cpu()).sum() for leaf in each.values()) for each in (leaves, exact_leaves))
     for at, (result, expect) in enumerate(zip(results, expected, strict=True)):
         assert_close(f"result {at}", result, expect, dtype)
         # the gradient is rounded as the result is
@@ -47,3 +48,4 @@ def assert_gradients(got: Any, want: Any, call: dict[str, Any], wanted: list[str
     for name, grad, expect in zip(wanted, grads, exact_grads, strict=True):
         assert grad.dtype == call[name].dtype
         assert_close(f"gradient of {name}", grad, expect, dtype)
+    return (*(result.detach() for result in results), *grads)

@@ -7,6 +7,7 @@ tried in a process of its own.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import importlib
 import json
@@ -30,6 +31,7 @@ from tokenops import native
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "csrc" / "cuda"
+ROOMS = ("delta_matmul", "sparse_attention", "token_merge", "token_select")
 # of threads and blocks: ascending, descending, shuffled
 ORDERS = (0, 1, 2)
 # how many random calls a kernel without a barrier gets to show it
@@ -65,17 +67,22 @@ def in_every_order(check: Callable[[], Iterable[Tensor]]) -> None:
 
 def assert_every_site_counts(module: str, sources: str) -> None:
     """No barrier or wait of the kernels in ``sources`` (files of csrc/cuda, a pattern) can be left out without a check's noticing, and the
-    random calls of a test module meet all of them."""
+    random calls of a test module meet all of them. What they meet of other rooms' kernels, those rooms' calls try."""
     command = [sys.executable, str(HERE / "emulator_checks.py"), module]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)} failed"
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    idle = [f"{site} of {kernels}" for kernels, site, noticed in answers if not noticed]
+    idle = [f"{site} of {kernels}" for kernels, site, noticed in answers if not noticed and not _of_another_room(site, sources)]
     assert not idle, f"can be left out: {', '.join(idle)}"
     written = {f"{file.name}:{number}" for file in KERNELS.glob(sources) for number in _waits(file.read_text())}
     missed = written - {site for _, site, _ in answers}
     assert not missed, f"no call meets {', '.join(sorted(missed))}"
+
+
+def _of_another_room(site: str, sources: str) -> bool:
+    file = site.partition(":")[0]
+    return file.startswith(ROOMS) and not fnmatch.fnmatch(file, sources)
 
 
 def _waits(source: str) -> Iterator[int]:

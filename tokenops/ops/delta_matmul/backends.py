@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenops import native
+from tokenops.ops.delta_matmul.cuda import NativeCUDA
 from tokenops.ops.wings import backends, explain, width_objections
 from tokenops.reference import delta_matmul as reference
 from tokenops.types import (
@@ -159,4 +160,4 @@ def _attention_objections(problem: DeltaAttentionProblem) -> list[str]:
     return reasons
 
 
-BACKENDS = backends("delta_matmul", NativeCPU, None, reference, _objections)
+BACKENDS = backends("delta_matmul", NativeCPU, NativeCUDA(), reference, _objections)
