@@ -83,6 +83,7 @@ struct ChangeShape {
   static constexpr int kIdTiles = 2 * kStages - 1;
   // what rel_pos adds passes through shared memory, and so do float's weights; rows of this pitch begin eight banks apart
   static constexpr int kWeightPitch = kKeys + 8;
+  static constexpr bool kHoldQuery = kRowTiles * Width <= 128;
 
   struct Team {
     alignas(128) T query[kRows * TileRows<T, Width>::kPitch];
@@ -92,6 +93,13 @@ struct ChangeShape {
     int32_t rows[kRows], ids[kIdTiles][kKeys];
   };
 };
+
+template <class Shape>
+__device__ __forceinline__ Products<Shape> products_of_warp(typename Shape::Team& shared) {
+  using T = typename Shape::T;
+  const int first = warp_id() * Shape::kWarpRows;
+  return {shared.query + first * TileRows<T, Shape::kWidth>::kPitch, shared.weights + (sizeof(T) == 4 ? first * Shape::kWeightPitch : 0)};
+}
 
 // Keys of one head on their way to shared memory, tile by tile: all of them, or those that a list names.
 template <class Shape>
@@ -236,7 +244,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArgum
   copy_rows<Shape::kRows, Shape::kWidth, Shape::kThreads>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
                                                           p.rows, threadIdx.x);
 
-  P products(shared, warp_id());
+  P products = products_of_warp<Shape>(shared);
   int rows[P::kRows];                        // of the grid, or -1
   float highest[P::kRows], total[P::kRows];  // the sum of totals over the lanes of a row counts
   bool afresh[P::kRows];
@@ -425,7 +433,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_paper(PaperArgum
   // the first walk waits for them
   copy_numbers<Shape::kRows, Shape, Cast>(shared.query, a.token, a.token, p.query, b, h, p.width, p.aligned, shared.rows, p.rows);
 
-  P products(shared, warp_id());
+  P products = products_of_warp<Shape>(shared);
   int rows[P::kRows];
   float highest[P::kRows], total[P::kRows];
   const int64_t base = static_cast<int64_t>(head) * p.rows, matrix = base * p.keys;

@@ -105,8 +105,8 @@ __device__ __forceinline__ T fold_block(T value, T (&partial)[Warps], Fold fold)
   return value;
 }
 
-// Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more. A block
-// may have fewer than `Warps` warps.
+// Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more. A
+// block may have fewer than `Warps` warps.
 template <class T>
 struct WarpSums {
   T before, all;
