@@ -340,8 +340,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
         for (int r = 0; r < P::kRows; ++r)
 #pragma unroll
           for (int k = 0; k < P::kKeys; ++k) scores.logit(r, k) += weights[scores.row(r) * Shape::kWeightPitch + scores.key(k)];
-        // where float's weights go next
-        if constexpr (sizeof(T) == 4 && !kRelPos) __syncwarp();
       }
     }
     const bool some_hidden = p.causal || (kOwnsKeys ? p.q_index.data : p.kv_index.data) || filled < Shape::kKeys;

@@ -82,3 +82,18 @@ def test_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
         out = torch.zeros(2, 3, 40, width, dtype=dtype)[..., shift : shift + 24]
         assert torch.equal(tokenops.sparse_attention(*grids, backend="cuda"), want)
         assert torch.equal(tokenops.sparse_attention(*grids, out=out, backend="cuda"), want)
+
+
+@pytest.mark.parametrize("dtype", dense.DTYPES, ids=str)
+def test_gradients_of_rows_that_are_not_aligned(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *aligned, grad_out = (torch.randn(2, 3, rows, 24, generator=generator).to(dtype) for rows in (40, 70, 70, 40))
+    call = dict(zip(("query", "key", "value"), aligned, strict=True))
+    want = computed(call, grad_out, "cuda").grads
+    for shift, width in ((1, 32), (0, 25)):
+        grids = {
+            name: torch.full((*x.shape[:3], width), torch.nan, dtype=dtype)[..., shift : shift + 24].copy_(x) for name, x in call.items()
+        }
+        grad = torch.full((*grad_out.shape[:3], width), torch.nan, dtype=dtype)[..., shift : shift + 24].copy_(grad_out)
+        for name, got in computed(grids, grad, "cuda").grads.items():
+            assert torch.equal(got, want[name]), name
