@@ -1,13 +1,12 @@
 """What the tests of the emulated CUDA kernels share: thread orders, and what becomes of random calls when a barrier or a wait is left out.
 
-``python tests/emulator_checks.py test_emulator_token_select`` leaves out, one at a time, every barrier and wait that the random calls of
-that file meet, and prints for each, as a line of JSON, what was noticed. A kernel without one may write anywhere or never end, so each is
-tried in a process of its own.
+``python tests/emulator_checks.py token_select`` leaves out, one at a time, every barrier and wait that the random calls of that room
+(emulator_calls/) meet, and prints for each, as a line of JSON, what was noticed. A kernel without one may write anywhere or never end, so
+each is tried in a process of its own.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import importlib
 import json
@@ -65,24 +64,20 @@ def in_every_order(check: Callable[[], Iterable[Tensor]]) -> None:
         emulator.set_order(0)
 
 
-def assert_every_site_counts(module: str, sources: str) -> None:
-    """No barrier or wait of the kernels in ``sources`` (files of csrc/cuda, a pattern) can be left out without a check's noticing, and the
-    random calls of a test module meet all of them. What they meet of other rooms' kernels, those rooms' calls try."""
-    command = [sys.executable, str(HERE / "emulator_checks.py"), module]
+def assert_every_site_counts(room: str) -> None:
+    """No barrier or wait of the room's kernels can be left out without a check's noticing, and its random calls meet all of them. What they
+    meet of other rooms' kernels, those rooms' calls try."""
+    command = [sys.executable, str(HERE / "emulator_checks.py"), room]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)} failed"
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    idle = [f"{site} of {kernels}" for kernels, site, noticed in answers if not noticed and not _of_another_room(site, sources)]
+    others = tuple(other for other in ROOMS if other != room)
+    idle = [f"{site} of {kernels}" for kernels, site, noticed in answers if not noticed and not site.startswith(others)]
     assert not idle, f"can be left out: {', '.join(idle)}"
-    written = {f"{file.name}:{number}" for file in KERNELS.glob(sources) for number in _waits(file.read_text())}
+    written = {f"{file.name}:{number}" for file in KERNELS.glob(f"{room}*") for number in _waits(file.read_text())}
     missed = written - {site for _, site, _ in answers}
     assert not missed, f"no call meets {', '.join(sorted(missed))}"
-
-
-def _of_another_room(site: str, sources: str) -> bool:
-    file = site.partition(":")[0]
-    return file.startswith(ROOMS) and not fnmatch.fnmatch(file, sources)
 
 
 def _waits(source: str) -> Iterator[int]:
@@ -136,14 +131,14 @@ def _notices(kernels: RandomCalls, site: str) -> str:
     return f"no end in {PATIENCE} s"
 
 
-def main(module: str) -> None:
+def main(room: str) -> None:
     # what a test module finds under pytest: the emulated kernels, and hypothesis's profiles
     importlib.import_module("conftest")
     torch.set_num_threads(1)
     # torch.empty gives NaN, so a result that a kernel left out shows
     torch.use_deterministic_algorithms(True)
     emulator = torch.ops.tokenops_emulator
-    groups: dict[str, RandomCalls] = importlib.import_module(module).RANDOM_CALLS
+    groups: dict[str, RandomCalls] = importlib.import_module(f"emulator_calls.{room}").RANDOM_CALLS
     for name, kernels in groups.items():
         emulator.skip("")
         _explore(kernels)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import pytest
 import test_delta_matmul_attention as attending
 import test_delta_matmul_gate as gating
 import test_delta_matmul_linear as layers
 import torch
 from delta_matmul_oracle import DTYPES, assert_gradients, lists, normal, widened
-from emulator_checks import RandomCalls, assert_every_site_counts, emulated, in_every_order
-from hypothesis import given, settings
+from emulator_checks import RandomCalls
 from hypothesis import strategies as st
 from oracle import assert_close
 from torch import Tensor
 
 import tokenops
-
-pytestmark = emulated
 
 # channels: rows that begin at multiples of 16 bytes and others, rows of several passes over a warp, rows that no register holds
 WIDTHS = st.one_of(st.integers(1, 70), st.sampled_from((64, 128, 264, 600, 1040, 1301)))
@@ -238,28 +234,3 @@ RANDOM_CALLS = {
     "delta_attention, exact": RandomCalls(frames("exact"), check_frames),
     "delta_attention, paper": RandomCalls(frames("paper"), check_frames),
 }
-
-
-def check(name: str, data: Any) -> None:
-    kernels = RANDOM_CALLS[name]
-    in_every_order(functools.partial(kernels.check, data.draw(kernels.calls)))
-
-
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=6)
-@given(data=st.data())
-def test_any_call_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=200)
-@given(data=st.data())
-def test_many_calls_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-def test_no_barrier_can_be_left_out() -> None:
-    assert_every_site_counts("test_emulator_delta_matmul", "delta_matmul*")

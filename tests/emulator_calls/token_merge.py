@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-from emulator_checks import RandomCalls, assert_every_site_counts, emulated, in_every_order
-from hypothesis import given, settings
+from emulator_checks import RandomCalls
 from hypothesis import strategies as st
 from oracle import assert_close
 from test_token_merge import DTYPES, MODES, normal, uniform
@@ -20,8 +18,6 @@ from tokenops import Window
 from tokenops.ops.token_merge.cuda import search
 from tokenops.reference import token_merge as reference
 from tokenops.types import MergePlan, PairProblem
-
-pytestmark = emulated
 
 SEEDS = st.integers(0, 99)
 # chunks of a row are 64 numbers of a half type and 32 of float32; of the first grid three are kept
@@ -253,28 +249,3 @@ RANDOM_CALLS = {
     "merge_tokens": RandomCalls(merge_calls(), check_merge),
     "soft_merge": RandomCalls(soft_calls(), check_soft),
 }
-
-
-def check(name: str, data: Any) -> None:
-    kernels = RANDOM_CALLS[name]
-    in_every_order(functools.partial(kernels.check, data.draw(kernels.calls)))
-
-
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=6)
-@given(data=st.data())
-def test_any_call_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=200)
-@given(data=st.data())
-def test_many_calls_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-def test_no_barrier_can_be_left_out() -> None:
-    assert_every_site_counts("test_emulator_token_merge", "token_merge*")

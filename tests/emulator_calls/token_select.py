@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import pytest
 import test_token_select as choosing
 import test_token_select_halt as halting
 import test_token_select_pack as packing
 import torch
-from emulator_checks import RandomCalls, assert_every_site_counts, emulated, in_every_order
-from hypothesis import given, settings
+from emulator_checks import RandomCalls
 from hypothesis import strategies as st
 from oracle import assert_close
 from token_select_oracle import GRADIENTS, Halting, assert_state_close, halting_call, halting_gradients, packed_halting
@@ -19,8 +16,6 @@ from torch import Tensor
 
 import tokenops
 from tokenops.reference import token_select as reference
-
-pytestmark = emulated
 
 # lists for each kernel that a length chooses, and of several chunks
 TOKENS = st.one_of(st.integers(1, 90), st.integers(1, 600), st.sampled_from((512, 513, 4096, 4097, 16385, 40000)))
@@ -98,28 +93,3 @@ RANDOM_CALLS = {
     "pack_tokens by count": RandomCalls(packing.calls(SHAPES), functools.partial(check_packing, by_count=True)),
     "unpack_tokens": RandomCalls(packing.calls(SHAPES), check_unpacking),
 }
-
-
-def check(name: str, data: Any) -> None:
-    kernels = RANDOM_CALLS[name]
-    in_every_order(functools.partial(kernels.check, data.draw(kernels.calls)))
-
-
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=10)
-@given(data=st.data())
-def test_any_call_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", RANDOM_CALLS)
-@settings(max_examples=200)
-@given(data=st.data())
-def test_many_calls_in_any_order(name: str, data: Any) -> None:
-    check(name, data)
-
-
-@pytest.mark.full
-def test_no_barrier_can_be_left_out() -> None:
-    assert_every_site_counts("test_emulator_token_select", "token_select*")
