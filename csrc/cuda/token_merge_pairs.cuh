@@ -40,12 +40,18 @@ struct WindowShared : SearchShared<T> {
   Interval near[kPlaces][kRowsA];
   PartialBox<kSearchThreads / kWarp> partial;
 };
-// that a processor is sure to have memory for; where it has more, most of these kernels take no more registers than a third block leaves
+// how many blocks a processor has memory for and, without a spill, registers
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <class T, bool kWindowed>
+constexpr int kSearchBlocks = kWindowed || sizeof(T) == 4 ? 2 : 3;
+#else
+template <class T, bool kWindowed>
 constexpr int kSearchBlocks = 2;
+#endif
 
 // A block of slots of a, and a share of the tiles of b.
 template <class T, bool kWindowed>
-__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks) search(const PairArguments<T> p) {
+__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks<T, kWindowed>) search(const PairArguments<T> p) {
   using Own = Products<T, SearchTiles<T>::kTiles>;
   auto& shared = shared_memory<std::conditional_t<kWindowed, WindowShared<T>, SearchShared<T>>>();
   const int block = blockIdx.x % p.a.of.blocks, share = blockIdx.x / p.a.of.blocks % p.splits;

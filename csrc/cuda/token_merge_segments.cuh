@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kSegmentThreads) merge_rows(const SegmentArgum
 // Gradients of the members of an output row. The tokens that no row owns get their zeros here too: from the thread of the row whose number
 // is theirs.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kSegmentThreads) merge_backward(const SegmentArguments<T> p) {
+__global__ void __launch_bounds__(kSegmentThreads, 4) merge_backward(const SegmentArguments<T> p) {
   const Share<T> mine(p, max(p.tokens, p.n_out));
   if (mine.s >= p.samples) return;
   const int token = mine.row, slot = token < p.tokens ? p.slot[mine.s * p.slot_sample + token] : 0;

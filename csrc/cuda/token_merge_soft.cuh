@@ -248,7 +248,8 @@ struct Sums {
   template <int kRows, int kDepth>
   __device__ void add(const Chunk<T, kRows>* left, int first, const Chunk<T, kDepth>& right) {
     const int lane = lane_id();
-#pragma unroll
+    // unrolled further, the compiler would load ahead and spill
+#pragma unroll 2
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t of_left[4], of_right[4];
       const int at = first + lane % 16;

@@ -189,10 +189,10 @@ def check_merge(call: Merge) -> tuple[Tensor, ...]:
 @st.composite
 def soft_calls(draw: st.DrawFn) -> dict[str, Any]:
     batch, seed, dtype, layout = draw(st.integers(1, 2)), draw(SEEDS), draw(st.sampled_from(DTYPES)), draw(LAYOUTS)
-    tokens, metas = draw(st.one_of(st.integers(10, 60), st.sampled_from((150, 300, 520)))), draw(st.sampled_from((1, 5, 64, 70, 130)))
+    tokens, metas = draw(st.one_of(st.integers(10, 60), st.sampled_from((150, 300, 520)))), draw(st.sampled_from((5, 17, 64, 70, 130)))
     # where tokens are few for the meta tokens, gradients are differences that cancel: float32's own definition is off by more than the rule
     metas = min(metas, 2 * tokens)
-    channels, width = draw(st.sampled_from((3, 24, 64, 150))), draw(st.sampled_from((8, 40, 72, 136)))
+    channels, width = draw(st.sampled_from((3, 24, 64, 150))), draw(st.sampled_from((24, 40, 72, 136)))
     normalize = draw(st.booleans())
     grids = {"x": (tokens, channels, 0), "metric": (tokens, width, draw(EXPONENTS)), "meta": (metas, width, draw(EXPONENTS))}
     call: dict[str, Any] = {
