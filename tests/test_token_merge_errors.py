@@ -68,7 +68,7 @@ PAIRS: Bad = {
         ValueError,
         r"a_place must be \[20, 3\] \| \[2, 20, 3\], \(t, y, x\) for each row of a, got \[1, 20, 2\]",
     ),
-    "unknown backend": ({"backend": "cuda"}, ValueError, "backend must be one of 'triton', 'cpu'.*, got 'cuda'"),
+    "unknown backend": ({"backend": "metal"}, ValueError, "backend must be one of 'triton', 'cpu'.*, got 'metal'"),
 }
 
 
