@@ -39,7 +39,8 @@ EXPONENTS = st.sampled_from((0, 0, 90, -90))
 
 def unusual(x: Tensor, exponent: int) -> Tensor:
     if x.dtype == torch.float16:
-        exponent = max(-12, min(exponent, 12))
+        # of longer rows it cannot hold the gradients
+        exponent = max(-12, min(exponent, 3))
     rows = torch.where(torch.arange(x.shape[1]) % 7 == 3, 2.0**exponent, 1.0)
     return x * rows[:, None].to(x.dtype)
 
