@@ -37,7 +37,8 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]
     plan = tokenops.match_tokens(x.detach(), r=40, class_token=True, backend="cuda")
     merged = tokenops.merge_tokens(x, plan, backend="cuda")
     yield "merge_tokens", gradients(merged, x)
-    yield "unmerge_tokens", gradients(tokenops.unmerge_tokens(merged, plan, backend="cuda"), x)
+    rows = merged.detach().requires_grad_()
+    yield "unmerge_tokens", gradients(tokenops.unmerge_tokens(rows, plan, backend="cuda"), rows)
     meta = randn(2, 9, 72)
     yield "soft_merge", gradients(tokenops.soft_merge(x, x.detach(), meta, temperature=0.5, backend="cuda")[0], x, meta)
     before = torch.randn(2, 150, 72, device=device, dtype=dtype)
@@ -45,6 +46,13 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]
     yield "delta_gate", [gate.index, gate.values]
     weight = randn(96, 72)
     yield "gathered_linear", gradients(tokenops.gathered_linear(x, weight, index=gate.index, backend="cuda"), x, weight)
+
+
+    first, state = tokenops.delta_attention(q, k, v, None, None, backend="cuda")
+    yield "delta_attention, flush", gradients(first, q, k, v)
+    # nothing has changed in the rows that are listed, which is as good a change as any
+    again, _ = tokenops.delta_attention(q.detach(), k.detach(), v.detach(), index, state, backend="cuda")
+    yield "delta_attention", [again]
 
 
 def main() -> int:
