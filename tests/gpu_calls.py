@@ -47,7 +47,6 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]
     weight = randn(96, 72)
     yield "gathered_linear", gradients(tokenops.gathered_linear(x, weight, index=gate.index, backend="cuda"), x, weight)
 
-
     first, state = tokenops.delta_attention(q, k, v, None, None, backend="cuda")
     yield "delta_attention, flush", gradients(first, q, k, v)
     # nothing has changed in the rows that are listed, which is as good a change as any
