@@ -91,20 +91,6 @@ __device__ __forceinline__ T sum_before(T value) {
   return sum - value;
 }
 
-// A fold over a block of `Warps` warps: `partial` is shared memory for as many values and free before and after. Every thread is given the
-// result.
-template <int Warps, class T, class Fold>
-__device__ __forceinline__ T fold_block(T value, T (&partial)[Warps], Fold fold) {
-  value = fold_lanes(value, fold);
-  if (lane_id() == 0) partial[warp_id()] = value;
-  __syncthreads();
-  value = partial[0];
-#pragma unroll
-  for (int warp = 1; warp < Warps; ++warp) value = fold(value, partial[warp]);
-  __syncthreads();
-  return value;
-}
-
 // Of one number a warp: the sum over the warps before this one, and over all. `partial` is shared memory that nobody reads any more. A
 // block may have fewer than `Warps` warps.
 template <class T>

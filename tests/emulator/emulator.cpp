@@ -107,7 +107,7 @@ struct Launch {
   size_t shared_bytes;
   Thread* current = nullptr;
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
-  Votes votes{};
+  bool vote = false;
   std::string failure;
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_bottom = nullptr;
@@ -186,7 +186,7 @@ void arrange(std::vector<T>& items, std::mt19937_64& random) {
 // All threads that are left wait at one barrier: it opens. Anything else cannot go on.
 void open_barrier() {
   Site site{"", 0};
-  launch->votes = {false, true, 0};
+  launch->vote = false;
   for (const Thread& thread : launch->threads) {
     if (thread.status == Status::done) continue;
     if (thread.status == Status::at_step)
@@ -195,9 +195,7 @@ void open_barrier() {
     if (!site.line) site = thread.site;
     if (!(site == thread.site))
       throw std::runtime_error("divergent barrier: some threads wait at " + describe(site) + ", others at " + describe(thread.site));
-    launch->votes.any |= thread.predicate;
-    launch->votes.all &= thread.predicate;
-    launch->votes.count += thread.predicate;
+    launch->vote |= thread.predicate;
   }
   for (Thread& thread : launch->threads)
     if (thread.status == Status::at_barrier) thread.status = Status::ready;
@@ -283,13 +281,13 @@ void block_barrier(Site site) {
   block_vote(false, site);
 }
 
-Votes block_vote(bool predicate, Site site) {
+bool block_vote(bool predicate, Site site) {
   Thread& me = *launch->current;
   me.predicate = predicate;
   me.site = site;
   me.status = Status::at_barrier;
   to_scheduler();
-  return launch->votes;
+  return launch->vote;
 }
 
 void together(unsigned mask, const void* kind, void* mine, void (*step)(void* const*, unsigned), Site site) {

@@ -26,12 +26,6 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -40,9 +34,6 @@ struct alignas(16) uint4 {
 };
 struct alignas(8) float2 {
   float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 
 namespace emulator {
@@ -69,12 +60,8 @@ size_t shared_bytes();
 void check_alignment(const void* address, size_t bytes, const char* what);
 
 void block_barrier(Site site);
-// The predicates of all threads, combined by |, & and +.
-struct Votes {
-  bool any, all;
-  int count;
-};
-Votes block_vote(bool predicate, Site site);
+// whether the predicate of any thread is true
+bool block_vote(bool predicate, Site site);
 
 // A step that the lanes of a mask take together. The last to arrive does it for all: `step` is given what each lane brought.
 void together(unsigned mask, const void* kind, void* mine, void (*step)(void* const* lanes, unsigned mask), Site site);
@@ -141,9 +128,7 @@ unsigned fold(unsigned mask, unsigned value, Fold combine, Site site) {
 #define gridDim (::emulator::place().grid_size)
 
 inline void __syncthreads(emulator::Site site = emulator::Site::here()) { emulator::block_barrier(site); }
-inline int __syncthreads_or(int p, emulator::Site site = emulator::Site::here()) { return emulator::block_vote(p != 0, site).any; }
-inline int __syncthreads_and(int p, emulator::Site site = emulator::Site::here()) { return emulator::block_vote(p != 0, site).all; }
-inline int __syncthreads_count(int p, emulator::Site site = emulator::Site::here()) { return emulator::block_vote(p != 0, site).count; }
+inline int __syncthreads_or(int p, emulator::Site site = emulator::Site::here()) { return emulator::block_vote(p != 0, site); }
 void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::here());
 
 template <class T>
@@ -158,19 +143,12 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int step, int width = 32, emulator::Site site = emulator::Site::here()) {
   return emulator::shuffle(mask, value, [=](int lane) { return lane % width < step ? lane : lane - step; }, site);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, int step, int width = 32, emulator::Site site = emulator::Site::here()) {
-  return emulator::shuffle(mask, value, [=](int lane) { return lane % width + step >= width ? lane : lane + step; }, site);
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
   const unsigned bit = predicate ? 1u << (threadIdx.x % 32) : 0u;
   return emulator::fold(mask, bit, [](unsigned a, unsigned b) { return a | b; }, site);
 }
 inline int __any_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
   return __ballot_sync(mask, predicate, site) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
-  return __ballot_sync(mask, predicate, site) == mask;
 }
 inline unsigned __match_any_sync(unsigned mask, unsigned value, emulator::Site site = emulator::Site::here()) {
   return emulator::exchange(
@@ -192,45 +170,13 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, emulator::Site 
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value, emulator::Site site = emulator::Site::here()) {
   return emulator::fold(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; }, site);
 }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulator::Site site = emulator::Site::here()) {
-  return emulator::fold(mask, value, [](unsigned a, unsigned b) { return a | b; }, site);
-}
 
 template <class T>
 T atomicAdd(T* place, T value) {
   return std::exchange(*place, *place + value);
 }
-template <class T>
-T atomicMax(T* place, T value) {
-  return std::exchange(*place, std::max(*place, value));
-}
-template <class T>
-T atomicMin(T* place, T value) {
-  return std::exchange(*place, std::min(*place, value));
-}
-template <class T>
-T atomicOr(T* place, T value) {
-  return std::exchange(*place, *place | value);
-}
-template <class T>
-T atomicExch(T* place, T value) {
-  return std::exchange(*place, value);
-}
-template <class T>
-T atomicCAS(T* place, T expected, T value) {
-  const T before = *place;
-  if (before == expected) *place = value;
-  return before;
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-template <class T>
-T __ldg(const T* from) {
-  return *from;
-}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(unsigned x) {
@@ -247,10 +193,7 @@ inline float __int_as_float(int x) { return __uint_as_float(static_cast<unsigned
 inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
 using std::max;
 using std::min;
 
