@@ -32,7 +32,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_100")
 ALL_ARCHS = (*ARCHS, "sm_86", "sm_89", "sm_120")
 # kernels that multiply matrices: in half precision that is the tensor cores' work
 PRODUCTS = {
-    *("tile_product", "attention_forward", "attention_backward", "attention_exact", "attention_paper", "layer"),
+    *("tile_product", "attention_forward", "attention_backward", "attention_exact", "attention_paper", "layer", "layer_parameters"),
     *("search", "token_softmax", "token_terms", "gather"),
 }
 HALF_TYPES = ("bf16", "f16")

@@ -77,7 +77,8 @@ void send_chosen(Tensor values, Tensor delta, OptionalTensor renewed, Tensor x, 
   });
 }
 
-// moments [B, N, 2] and parts [2, strips, C] are scratch, given if and only if gradients of the norm are wanted: the sums of strips
+// moments [B, N, 2] and parts [2, strips, C] are scratch, given if and only if gradients of the norm are wanted: the sums of strips.
+// grad_values may be float32 beside half types.
 void gate_backward(OptionalTensor grad_x, OptionalTensor grad_reference, OptionalTensor parts, Tensor slot_of, OptionalTensor moments,
                    Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, Tensor index, bool whole,
                    OptionalTensor grad_values, OptionalTensor grad_delta, OptionalTensor grad_renewed, OptionalTensor grad_total) {
@@ -116,7 +117,11 @@ void gate_backward(OptionalTensor grad_x, OptionalTensor grad_reference, Optiona
     using T = decltype(number);
     GateGradient<T> p{};
     p.x = grid_of<const T>(x);
-    p.of_values = grid_of<const T>("grad_values", grad_values, x, lists.slots);
+    if (grad_values) {
+      p.single = grad_values->scalar_type() == ScalarType::Float;
+      check_grid("grad_values", *grad_values, p.single ? ScalarType::Float : x.scalar_type(), batch, lists.slots, width);
+      p.of_values = {grad_values->const_data_ptr(), broadcast_stride(*grad_values, 0), grad_values->stride(1)};
+    }
     p.of_delta = grid_of<const T>("grad_delta", grad_delta, x, lists.slots);
     p.of_next = grid_of<const T>("grad_reference", grad_renewed, x, tokens);
     p.of_total = grid_of<const T>("grad_total", grad_total, x, tokens);

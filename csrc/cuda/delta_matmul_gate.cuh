@@ -173,7 +173,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) invert_lists(ListInversion p) 
 template <class T>
 struct GateGradient {
   TokenGrid<const T> x;  // the residual sum
-  TokenGrid<const T> of_values, of_delta, of_next, of_total;
+  TokenGrid<const T> of_delta, of_next, of_total;
+  TokenGrid<const void> of_values;
+  bool single;  // of_values is float32
   TokenGrid<T> to_x, to_old;
   Normalization norm;
   const int32_t* slot_of;  // [B, N], -1 = not chosen
@@ -189,14 +191,17 @@ struct GateGradient {
 template <class T, bool Aligned>
 struct RowGradient {
   static constexpr int kRun = Wide<T>::kCount;
-  const T *values, *delta, *next;
+  ChannelVector values;
+  const T *delta, *next;
   int width;
   bool sent;
 
   __device__ __forceinline__ RowGradient(const GateGradient<T>& p, int b, int n, int64_t i) : width(p.width) {
     const int slot = p.slot_of[i];
     sent = slot >= 0 || p.whole;
-    values = slot >= 0 && p.of_values.data ? p.of_values.at(b, slot) : nullptr;
+    values = {nullptr, p.single};
+    if (slot >= 0 && p.of_values.data)
+      values.data = static_cast<const char*>(p.of_values.data) + p.of_values.offset(b, slot) * (p.single ? sizeof(float) : sizeof(T));
     delta = slot >= 0 && p.of_delta.data ? p.of_delta.at(b, slot) : nullptr;
     next = p.of_next.data ? p.of_next.at(b, n) : nullptr;
   }
@@ -210,7 +215,7 @@ struct RowGradient {
   __device__ __forceinline__ void current(float (&to)[kRun], int c) const {
 #pragma unroll
     for (float& g : to) g = 0.0f;
-    add(to, values, c, 1.0f);
+    if (values.data) load_channels<Aligned, T>(to, values, c, width);
     add(to, delta, c, 1.0f);
     if (sent) add(to, next, c, 1.0f);
   }

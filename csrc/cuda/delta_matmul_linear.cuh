@@ -22,18 +22,47 @@ __device__ __forceinline__ float activated(float h, Activation activation) {
     default: return h;
   }
 }
+// the derivative of that
+__device__ __forceinline__ float slope(float h, Activation activation) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  switch (activation) {
+    // h times the normal density
+    case Activation::gelu:
+      return 0.5f * (1.0f + erff(h * 0.7071067811865476f)) + h * exp2_fast(-0.5f * kLog2e * h * h) * 0.3989422804014327f;
+    case Activation::gelu_tanh: {
+      const float s = __fdividef(1.0f, 1.0f + exp2_fast(-kLog2e * 1.5957691216057308f * (h + 0.044715f * h * h * h)));
+      return s + h * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 3.0f * 0.044715f * h * h);
+    }
+    case Activation::relu: return h > 0.0f ? 1.0f : 0.0f;
+    case Activation::silu: {
+      const float s = __fdividef(1.0f, 1.0f + exp2_fast(-kLog2e * h));
+      return s * (1.0f + h * (1.0f - s));
+    }
+    default: return 1.0f;
+  }
+}
+
+// What becomes of a layer's sums. Backward, a gradient goes through the transposed weight as rows go through the weight.
+enum class Form {
+  plain,     // through the activation
+  gradient,  // the slope of the activation there, times what comes back to it
+  inner      // what comes back to an activation, times its slope at the rows that went into it
+};
 
 template <class T>
 struct Layer {
-  TokenGrid<const T> in;  // [B, N, C], or [B, K, C] by slot
-  TokenGrid<T> out;       // [B, N, O], where empty slots write nothing; or [B, K, O] by slot, where they write zeros
+  TokenGrid<const T> in;     // [B, N, C], or [B, K, C] by slot
+  TokenGrid<const T> other;  // [B, K, O], see Form; none where that is plain
+  TokenGrid<T> out;          // [B, N, O], where empty slots write nothing; or [B, K, O] by slot, where they write zeros
+  float* single;             // [B, K, O] dense, of the sums themselves and whatever in empty slots, instead of out; or null
   SampleLists lists;
   const T* weight;  // [O, C]
   int64_t weight_row;
   const T* bias;  // [O], or null
   int width, outputs, slot_blocks;
   bool gather, scatter;
-  bool wide_out;  // rows of the result begin at multiples of 16 bytes
+  bool wide;  // rows of the result and what else it takes begin at multiples of 16 bytes
+  Form form;
   Activation activation;
 };
 
@@ -46,7 +75,7 @@ struct LayerShape {
   // channels of a step: 128 bytes of a row
   static constexpr int kDepth = 128 / sizeof(T);
   using In = TileRows<T, kDepth>;
-  using Out = TileRows<T, WarpOutputs>;
+  using Sums = TileRows<float, WarpOutputs>;
   struct Stage {
     alignas(128) T rows[Slots * In::kPitch];
     alignas(128) T weight[Outputs * In::kPitch];
@@ -54,8 +83,8 @@ struct LayerShape {
   struct Shared {
     union {
       Stage stage[Stages];
-      // each warp's results on their way to 16-byte stores
-      alignas(128) T out[kThreads / kWarp][WarpSlots * Out::kPitch];
+      // each warp's, on their way to 16-byte stores
+      alignas(128) float sums[kThreads / kWarp][WarpSlots * Sums::kPitch];
     };
     int32_t row[Slots];
   };
@@ -137,6 +166,17 @@ struct LayerProduct<Shape, bf16> : HalfProduct<Shape, bf16> {};
 template <class Shape>
 struct LayerProduct<Shape, f16> : HalfProduct<Shape, f16> {};
 
+// Sixteen bytes of a row to shared memory, zeros behind its end and where there is no row. Rows that begin at multiples of 16 bytes are on
+// their way until they are waited for; `anywhere` is memory for a copy that reads nothing.
+template <bool Aligned, class T>
+__device__ __forceinline__ void copy_run(T* to, const T* row, int c, int width, const T* anywhere) {
+  const bool valid = row && c < width;
+  if constexpr (Aligned)
+    cp_async_16(to, valid ? row + c : anywhere, valid);
+  else
+    store_wide(to, valid ? load_run<false>(row, c, width) : Wide<T>{});
+}
+
 // What a thread copies of the tiles of rows: always the same piece of the 128 bytes, of several rows.
 template <int Rows, class Shape, bool Aligned>
 struct TileSource {
@@ -156,21 +196,33 @@ struct TileSource {
   __device__ __forceinline__ void start(T* tile, int channel, const T* anywhere) const {
     const int piece = threadIdx.x % Tile::kPieces, c = channel + piece * Tile::kPiece;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      T* to = tile + Tile::at(threadIdx.x / Tile::kPieces + i * kApart, piece);
-      const bool valid = row[i] && c < width;
-      if constexpr (Aligned)
-        cp_async_16(to, valid ? row[i] + c : anywhere, valid);
-      else
-        store_wide(to, valid ? load_run<false>(row[i], c, width) : Wide<T>{});
-    }
+    for (int i = 0; i < kCount; ++i)
+      copy_run<Aligned>(tile + Tile::at(threadIdx.x / Tile::kPieces + i * kApart, piece), row[i], c, width, anywhere);
   }
 };
+
+// A run of the result from its sums, rounded.
+template <class T>
+__device__ __forceinline__ Wide<T> finished(const Layer<T>& p, const Wide<float> (&sums)[Wide<T>::kCount / 4], const T* other, int o) {
+  constexpr int kRun = Wide<T>::kCount;
+  const bool whole = p.wide && o + kRun <= p.outputs;
+  const auto load = [&](const T* row) { return !row ? Wide<T>{} : whole ? load_wide(row + o) : load_run<false>(row, o, p.outputs); };
+  const Wide<T> bias = load(p.bias), factors = load(other);
+  Wide<T> result;
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) {
+    const float h = sums[j / 4].at[j % 4] + to_float(bias.at[j]), factor = to_float(factors.at[j]);
+    const bool inner = p.form == Form::inner;
+    result.at[j] =
+        from_float<T>(p.form == Form::plain ? activated(h, p.activation) : slope(inner ? factor : h, p.activation) * (inner ? h : factor));
+  }
+  return result;
+}
 
 template <class Shape, bool Aligned>
 __global__ void __launch_bounds__(Shape::kThreads, 1) layer(Layer<typename Shape::T> p) {
   using T = typename Shape::T;
-  using Out = typename Shape::Out;
+  using Sums = typename Shape::Sums;
   auto& shared = shared_memory<typename Shape::Shared>();
   // blocks that run at the same time share so many blocks of rows and, in turn, blocks of weights, which then come from L2
   constexpr int kTogether = 8;
@@ -217,23 +269,36 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) layer(Layer<typename Shape
     auto& stage = shared.stage[step % Shape::kStages];
     product.step(stage.rows + down * Shape::In::kPitch, stage.weight + across * Shape::In::kPitch);
   }
-  // the results take the place of the tiles
+  // The sums take the place of the tiles. What becomes of them is worked out by a short loop: unrolled over a thread's sums it would be
+  // most of the kernel.
   __syncthreads();
-  T* const out = shared.out[warp_id()];
-  product.each([&](int i, int j, float sum) {
-    const int o = from + across + j;
-    if (p.bias && o < p.outputs) sum += to_float(p.bias[o]);
-    out[Out::at(i, j / Out::kPiece) + j % Out::kPiece] = from_float<T>(activated(sum, p.activation));
-  });
+  constexpr int kRun = Wide<T>::kCount, kRuns = Shape::kWarpOutputs / kRun;
+  float* const sums = shared.sums[warp_id()];
+  product.each([&](int i, int j, float sum) { sums[Sums::at(i, 0) + j] = sum; });
   __syncwarp();
-#pragma unroll 4
-  for (int at = lane_id(); at < Shape::kWarpSlots * Out::kPieces; at += kWarp) {
-    const int i = at / Out::kPieces, piece = at % Out::kPieces, o = from + across + piece * Out::kPiece;
-    const int slot = down + i, row = shared.row[slot];
+#pragma unroll 1
+  for (int at = lane_id(); at < Shape::kWarpSlots * kRuns; at += kWarp) {
+    const int i = at / kRuns, o = from + across + at % kRuns * kRun, slot = down + i, row = shared.row[slot];
     if (first + slot >= p.lists.total() || o >= p.outputs || (p.scatter && row < 0)) continue;
-    T* to = p.out.at(sample_of(slot), p.scatter ? row : place_of(slot));
-    const Wide<T> numbers = row < 0 ? Wide<T>{} : load_wide(out + Out::at(i, piece));
-    if (p.wide_out && o + Out::kPiece <= p.outputs)
+    Wide<float> run[kRun / 4];
+#pragma unroll
+    for (int j = 0; j < kRun / 4; ++j) run[j] = load_wide(sums + Sums::at(i, at % kRuns * kRun / 4 + j));
+    if (p.single) {
+      float* to = p.single + static_cast<int64_t>(first + slot) * p.outputs;
+#pragma unroll
+      for (int j = 0; j < kRun / 4; ++j) {
+        const int c = o + 4 * j;
+        if (p.wide && c + 4 <= p.outputs)
+          store_wide(to + c, run[j]);
+        else
+          store_run<false>(to, c, p.outputs, run[j]);
+      }
+      continue;
+    }
+    const int b = sample_of(slot), k = place_of(slot);
+    T* to = p.out.at(b, p.scatter ? row : k);
+    const Wide<T> numbers = row < 0 ? Wide<T>{} : finished(p, run, p.other.data ? p.other.at(b, k) : nullptr, o);
+    if (p.wide && o + kRun <= p.outputs)
       store_wide(to + o, numbers);
     else
       store_run<false>(to, o, p.outputs, numbers);

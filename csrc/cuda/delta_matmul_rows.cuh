@@ -11,7 +11,8 @@ template <class T>
 struct TokenGrid {
   T* data;  // null: there is none
   int64_t sample, row;
-  __device__ __forceinline__ T* at(int b, int n) const { return data + b * sample + n * row; }
+  __device__ __forceinline__ int64_t offset(int b, int n) const { return b * sample + n * row; }
+  __device__ __forceinline__ T* at(int b, int n) const { return data + offset(b, n); }
 };
 
 // ids [1|B, K] of rows of a grid. What is no row of it is an empty slot.
@@ -32,7 +33,7 @@ __device__ __forceinline__ Slot slot_at(const SampleLists& lists, int i) {
   return {sample, place, id >= 0 && id < lists.rows ? id : -1};
 }
 
-// [C] in float32 or the grids' type
+// [C] in float32 or the grids' type: one for all rows, or a row
 struct ChannelVector {
   const void* data;  // null: there is none
   bool single;       // float32

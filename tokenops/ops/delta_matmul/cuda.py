@@ -41,10 +41,20 @@ _library.define(
 )
 # take: listed rows into slots, zeros into empty ones; else slots into listed rows, or zeros where there is no source
 _library.define("delta_matmul_cuda_move(Tensor(a!) to, Tensor? source, Tensor index, bool take) -> ()")
-# normalized [B, K, C] and hidden [B, K, O] are scratch for a normalisation and for a second layer
+# the listed rows into slots; nothing is written into empty ones
 _library.define(
-    "delta_matmul_cuda_linear(Tensor(a!) out, Tensor(b!)? normalized, Tensor(c!)? hidden, Tensor x, Tensor index, Tensor weight, "
-    f"Tensor? bias, {_NORM}, str activation, Tensor? weight_2, Tensor? bias_2, bool into) -> ()"
+    "delta_matmul_cuda_normalize(Tensor(a!) out, Tensor x, Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor index) -> ()"
+)
+# rows [B, tokens, C] where gather, out [B, tokens, O] where scatter, else by slot. form: plain; gradient: the slope of the activation,
+# times other [B, K, O], which comes back to it; inner: times the slope of the activation at other. A plain out by slot may be float32
+# beside half types
+_library.define(
+    "delta_matmul_cuda_layer(Tensor(a!) out, Tensor rows, Tensor index, int tokens, Tensor weight, Tensor? bias, Tensor? other, str form, "
+    "str activation, bool gather, bool scatter) -> ()"
+)
+_library.define(
+    "delta_matmul_cuda_layer_parameters(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor grad, Tensor rows, Tensor index, "
+    "int tokens, bool gather) -> ()"
 )
 # order [B, N]: rows to compute afresh, then the others; fresh [B]: how many those are; marks [B, N] bytes are scratch
 _library.define(
@@ -143,21 +153,41 @@ class NativeCUDA:
         self._linear(problem, out, True)
 
     def _linear(self, problem: LinearProblem, out: Tensor, into: bool) -> None:
-        p, slots = problem, (problem.x.shape[0], problem.index.shape[1])
-        normalized = None if p.norm_weight is None else p.x.new_empty((*slots, p.x.shape[2]))
-        hidden = None if p.weight_2 is None else p.x.new_empty((*slots, p.weight.shape[0]))
-        torch.ops.tokenops.delta_matmul_cuda_linear.default(out, normalized, hidden, *p, into)
+        p, rows, gather = problem, *_rows_of(problem)
+        if p.weight_2 is None:
+            _layer(p, out, rows, p.weight, p.bias, activation=p.activation, gather=gather, scatter=into)
+            return
+        hidden = _slots_by(p, p.weight.shape[0])
+        _layer(p, hidden, rows, p.weight, p.bias, activation=p.activation, gather=gather)
+        _layer(p, out, hidden, p.weight_2, p.bias_2, scatter=into)
 
     def linear_backward(self, problem: LinearProblem, grad_out: Tensor, grads: LinearGradients) -> None:
-        """The matrix products are torch's, on the listed rows and in float32: rounded in between to a half type, gradients that nearly
-        cancel would be wrong. Only the gradient of x is spread over its grid here."""
-        results = reference.listed_gradients(problem, grad_out, [grad is not None for grad in grads])
-        if grads.x is not None:
-            grads.x.zero_()
-            torch.ops.tokenops.delta_matmul_cuda_move.default(grads.x, results.x, problem.index, False)
-        for wanted, result in zip(grads[1:], results[1:], strict=True):
-            if wanted is not None and result is not None:
-                wanted.copy_(result)
+        """The layers are computed anew, as far as their activation needs them. What goes back through a layer goes through the copy of its
+        weight that has rows of its inputs: small beside the product, and one kernel serves both directions."""
+        p, grad, norm_wanted = problem, grad_out, grads.norm_weight is not None or grads.norm_bias is not None
+        rows, gather = _rows_of(p)
+        if p.weight_2 is not None:
+            inner = _slots_by(p, p.weight.shape[0])
+            _layer(p, inner, rows, p.weight, p.bias, gather=gather)
+            _parameters(p, grad, reference.activated(inner, p.activation), grads.weight_2, grads.bias_2)
+            grad = torch.empty_like(inner)
+            _layer(p, grad, grad_out, p.weight_2.T.contiguous(), other=inner, form="inner", activation=p.activation)
+        elif p.activation != "none":
+            grad = _slots_by(p, p.weight.shape[0])
+            _layer(p, grad, rows, p.weight, p.bias, other=grad_out, form="gradient", activation=p.activation, gather=gather)
+        _parameters(p, grad, rows, grads.weight, grads.bias, gather=gather)
+        if p.norm_weight is None:
+            if grads.x is not None:
+                # rows that no slot names
+                grads.x.zero_()
+                _layer(p, grads.x, grad, p.weight.T.contiguous(), scatter=True)
+        elif grads.x is not None or norm_wanted:
+            # gradients that nearly cancel there must not be rounded before
+            of_normalized = _slots_by(p, p.x.shape[2], torch.float32)
+            _layer(p, of_normalized, grad, p.weight.T.contiguous())
+            norm = (p.norm_weight, p.norm_bias, p.norm_eps)
+            sent = GateBackwardProblem(p.x, *norm, p.index, False, False, of_normalized, None, None, None)
+            self.gate_backward(sent, GateGradients(grads.x, None, grads.norm_weight, grads.norm_bias))
 
     def update(self, buffer: Tensor, rows: Tensor, index: Tensor, out: Tensor) -> None:
         if out is not buffer:
@@ -209,3 +239,41 @@ class NativeCUDA:
         if state.key is not None and state.turn is not None:
             state.key.copy_(problem.key)
             state.turn.zero_()
+
+
+def _rows_of(p: LinearProblem) -> tuple[Tensor, bool]:
+    """What goes into the first layer, and whether it is by row: x, or else its normalised rows by slot."""
+    if p.norm_weight is None or p.norm_bias is None:
+        return p.x, True
+    normalized = _slots_by(p, p.x.shape[2])
+    torch.ops.tokenops.delta_matmul_cuda_normalize.default(normalized, p.x, p.norm_weight, p.norm_bias, p.norm_eps, p.index)
+    return normalized, False
+
+
+def _slots_by(p: LinearProblem, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Scratch, a row for every slot."""
+    return p.x.new_empty((p.x.shape[0], p.index.shape[1], width), dtype=dtype)
+
+
+def _layer(
+    p: LinearProblem,
+    out: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    other: Tensor | None = None,
+    form: str = "plain",
+    activation: str = "none",
+    gather: bool = False,
+    scatter: bool = False,
+) -> None:
+    options = (other, form, activation, gather, scatter)
+    torch.ops.tokenops.delta_matmul_cuda_layer.default(out, rows, p.index, p.x.shape[1], weight, bias, *options)
+
+
+def _parameters(
+    p: LinearProblem, grad: Tensor, rows: Tensor, of_weight: Tensor | None, of_bias: Tensor | None, gather: bool = False
+) -> None:
+    if of_weight is not None or of_bias is not None:
+        torch.ops.tokenops.delta_matmul_cuda_layer_parameters.default(of_weight, of_bias, grad, rows, p.index, p.x.shape[1], gather)

@@ -29,6 +29,7 @@ from tokenops.reference.delta_matmul.gate import check_gate as check_gate
 from tokenops.reference.delta_matmul.gate import gate_gradients as gate_gradients
 from tokenops.reference.delta_matmul.gate import gated as gated
 from tokenops.reference.delta_matmul.linear import ACTIVATIONS as ACTIVATIONS
+from tokenops.reference.delta_matmul.linear import activated as activated
 from tokenops.reference.delta_matmul.linear import listed_gradients as listed_gradients
 from tokenops.reference.delta_matmul.linear import projected as projected
 from tokenops.reference.delta_matmul.linear import projected_gradients as projected_gradients

@@ -25,7 +25,7 @@ def projected(problem: LinearProblem) -> Tensor:
     rows = taken(p.x, ids).to(dtype)
     if p.norm_weight is not None and p.norm_bias is not None:
         rows = normalized(rows, p.norm_weight, p.norm_bias, p.norm_eps)
-    y = _activated(_affine(rows, p.weight, p.bias), p.activation)
+    y = activated(_affine(rows, p.weight, p.bias), p.activation)
     if p.weight_2 is not None:
         y = _affine(y, p.weight_2, p.bias_2)
     return y.masked_fill((ids < 0).unsqueeze(-1), 0.0).to(p.x.dtype)
@@ -56,7 +56,7 @@ def listed_gradients(problem: LinearProblem, grad_out: Tensor, wanted: Sequence[
     inner = _affine(rows, p.weight, p.bias) if bends or (want.weight_2 and p.weight_2 is not None) else None
     if p.weight_2 is not None:
         if want.weight_2 and inner is not None:
-            weight_2 = _outer(grad, _activated(inner, p.activation))
+            weight_2 = _outer(grad, activated(inner, p.activation))
         if want.bias_2:
             bias_2 = grad.sum((0, 1))
         grad = grad @ p.weight_2.to(dtype)
@@ -83,7 +83,7 @@ def _outer(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.flatten(0, 1).T @ rows.flatten(0, 1)
 
 
-def _activated(h: Tensor, activation: str) -> Tensor:
+def activated(h: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(h)
     if activation == "gelu_tanh":
