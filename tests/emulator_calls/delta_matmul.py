@@ -71,16 +71,21 @@ class Layers(NamedTuple):
     values: dict[str, Any]
     activation: str | None
     norm: bool
+    wanted: list[str]  # what has a gradient
 
 
 @st.composite
 def layer_calls(draw: st.DrawFn, most: int) -> Layers:
     """Up to `most` slots, channels and outputs."""
-    size = st.integers(1, most)
+    dtype, norm = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    # gradients are rounded on their way through the layers; what they add up to cancels by chance in one number, but not in several
+    size = st.integers(1 if dtype == torch.float32 else 4, most)
     # rows of a grid begin at multiples of 16 bytes, or not
     width = draw(st.one_of(size, size.map(lambda n: -(-n // 8) * 8)))
     hidden = draw(st.one_of(st.none(), size))
-    rows = draw(size)
+    rows = draw(st.integers(1, most))
+    # next to the corner of relu the rounding of normalised rows decides on the slope
+    activations = [name for name in layers.ACTIVATIONS if name != "relu" or dtype == torch.float32 or not norm]
     values = layers.call_of(
         draw(st.integers(1, 2)),
         rows,
@@ -88,17 +93,18 @@ def layer_calls(draw: st.DrawFn, most: int) -> Layers:
         width,
         draw(size),
         hidden,
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=dtype,
         device="cpu",
     )
-    return Layers(values, draw(st.sampled_from(layers.ACTIVATIONS)), draw(st.booleans()))
+    names = [name for name in values if name != "index" and (norm or "norm" not in name)]
+    some = st.lists(st.sampled_from(names), min_size=1, unique=True)
+    return Layers(values, draw(st.sampled_from(activations)), norm, draw(st.one_of(st.just(names), some)))
 
 
 def check_layers(call: Layers) -> tuple[Tensor, ...]:
     """Forward and backward; into the rows of a grid too."""
     run, x, index = layers.as_called(call.activation, call.norm, "cuda"), call.values["x"], call.values["index"]
-    wanted = [name for name in call.values if name != "index" and (call.norm or "norm" not in name)]
-    results = assert_gradients(run, layers.as_loop(call.activation, call.norm), call.values, wanted)
+    results = assert_gradients(run, layers.as_loop(call.activation, call.norm), call.values, call.wanted)
     out = normal(*x.shape[:2], results[0].shape[2], dtype=x.dtype)
     want = tokenops.update_tokens(out, results[0], index=index, backend="cuda")
     norm = (call.values["norm_weight"], call.values["norm_bias"]) if call.norm else None

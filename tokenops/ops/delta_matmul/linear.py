@@ -61,8 +61,8 @@ def gathered_linear(
         backend: "triton", "cpu", "cpu:avx2" and the like, or "reference". Default: the first that can serve the call.
 
     Differentiable once in x, weight, bias and norm; the backward pass computes the layer anew and, on the CPU, leaves its matrix products
-    to torch. Under autocast x, weight and bias are cast. Where the processor multiplies bfloat16 itself, normalised and hidden rows are
-    rounded to it between the steps.
+    to torch. Under autocast x, weight and bias are cast. Where the processor multiplies half types itself, as every GPU does, normalised
+    and hidden rows and their gradients are rounded between the steps; next to the corner of relu that may decide on the slope.
 
     Raises:
         ValueError: sizes, ranks or devices disagree, the activation is unknown, out shares memory with an input; an id is out of range or
