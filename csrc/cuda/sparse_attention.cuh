@@ -145,27 +145,43 @@ __device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
   return number;
 }
 
+// Of the key slots those that queries up to the row `last` may meet, or up to that rank in a packed sequence. `partial` as above.
+template <int Threads, int Warps>
+__device__ __forceinline__ Span causal_keys(const AttentionProblem& p, Span slots, int64_t b, int kv_head, int last, int (&partial)[Warps],
+                                            int thread) {
+  if (p.packed() || !p.kv_index.data) return {slots.begin, slots.begin + min(slots.end - slots.begin, last + 1)};
+  // of an ascending list this skips all the rest; of any list, nothing visible
+  const SlotList list(p.kv_index, b, kv_head, p.keys);
+  int bound = slots.begin;
+  for (int slot = slots.begin + thread; slot < slots.end; slot += Threads) {
+    const int row = list.row(slot, slots.end);
+    if (row >= 0 && row <= last) bound = slot + 1;
+  }
+  return {slots.begin, most_of_team(bound, partial)};
+}
+
 // Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
 // `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is
-// copied at once.
+// copied at once, number by number.
 template <int Rows, int W, int Threads, class T>
 __device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
                                           int thread, int first_slot = -1) {
   using Tile = TileRows<T, W>;
+  const auto row = [&](int r) { return grid + (first_slot < 0 ? ids[r] : first_slot + r) * stride; };
+  if (aligned) {
 #pragma unroll
-  for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
-    const int place = thread + i * Threads, r = place / Tile::kPieces, piece = place % Tile::kPieces;
-    if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
-    const int id = ids[r];
-    const bool valid = names(id, rows) && piece * Tile::kPiece < width;
-    const T* from = valid ? grid + (first_slot < 0 ? id : first_slot + r) * stride + piece * Tile::kPiece : grid;
-    T* to = tile + Tile::at(r, piece);
-    if (aligned) {
-      cp_async_16(to, from, valid);
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < Tile::kPiece; ++j) to[j] = valid ? from[j] : T{};
+    for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
+      const int place = thread + i * Threads, r = place / Tile::kPieces, piece = place % Tile::kPieces;
+      if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
+      const bool valid = names(ids[r], rows) && piece * Tile::kPiece < width;
+      cp_async_16(tile + Tile::at(r, piece), valid ? row(r) + piece * Tile::kPiece : grid, valid);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread; i < Rows * W; i += Threads) {
+    const int r = i / W, c = i % W;
+    tile[Tile::at(r, c / Tile::kPiece) + c % Tile::kPiece] = names(ids[r], rows) && c < width ? row(r)[c] : T{};
   }
 }
 

@@ -158,15 +158,7 @@ __device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slo
     }
     return {-most_of_team(-bound, shared.partial[1]), slots.end};
   } else {
-    if (p.packed() || !p.kv_index.data) return {slots.begin, min(slots.end, slots.begin + extreme + 1)};
-    // of an ascending list this skips all the rest; of any list, nothing visible
-    const SlotList list(p.kv_index, b, head / p.group, p.keys);
-    int bound = slots.begin;
-    for (int slot = slots.begin + thread; slot < slots.end; slot += Shape::kTeam) {
-      const int row = list.row(slot, slots.end);
-      if (row >= 0 && row <= extreme) bound = slot + 1;
-    }
-    return {slots.begin, most_of_team(bound, shared.partial[1])};
+    return causal_keys<Shape::kTeam>(p, slots, b, head / p.group, extreme, shared.partial[1], thread);
   }
 }
 

@@ -161,18 +161,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   }
   if (p.causal) {
     last = most_of_team(last, shared.partial[0]);
-    if (p.packed() || !p.kv_index.data) {
-      keys.end = keys.begin + min(keys.end - keys.begin, last + 1);
-    } else {
-      // of an ascending list this skips all the rest; of any list, nothing visible
-      const SlotList list(p.kv_index, b, h / p.group, p.keys);
-      int bound = keys.begin;
-      for (int slot = keys.begin + thread; slot < keys.end; slot += Shape::kTeam) {
-        const int row = list.row(slot, keys.end);
-        if (row >= 0 && row <= last) bound = slot + 1;
-      }
-      keys.end = most_of_team(bound, shared.partial[1]);
-    }
+    keys = causal_keys<Shape::kTeam>(p, keys, b, h / p.group, last, shared.partial[1], thread);
   }
   const KeyTiles<Shape> tiles{shared, p, keys, thread};
   for (int tile = 0; tile < 2 * (Shape::kStages - 1); ++tile) tiles.start_ids(tile, b, h / p.group);
