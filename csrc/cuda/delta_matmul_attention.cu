@@ -3,6 +3,9 @@
 
 #include <algorithm>
 
+#include "delta_matmul_cells.cuh"
+#include "delta_matmul_order.cuh"
+#include "delta_matmul_paper.cuh"
 #include "sparse_attention_tensors.h"
 
 namespace tokenops {
@@ -117,7 +120,8 @@ void paper(Tensor out, Tensor query, Tensor key, Tensor value, OptionalTensor ce
   a.token = kind_of("query", query);
   a.stored = kind_of("state.value", old_value);
   with_width(a.p, [&](auto head_width) {
-    constexpr int kWidth = decltype(head_width)::value;
+    // this mode is there for comparison: widths up to 96 have no kernel of their own
+    constexpr int kWidth = decltype(head_width)::value == 96 ? 128 : decltype(head_width)::value;
     // what is stored in another type than the tokens' is computed in float32, with which all of them agree
     if (dtype != stored) return launch_paper<ChangeShape<float, kWidth, true>, true>(query, a, batch * heads);
     with_float("query", query,

@@ -71,9 +71,7 @@ class NativeCPU(NamedTuple):
         into = grads._replace(norm_weight=_float_like(grads.norm_weight), norm_bias=_float_like(grads.norm_bias))
         code = torch.ops.tokenops.delta_matmul_cpu_gate_backward.default(*into, *problem, self._isa())
         explain("delta_gate_backward", code, partial(reference.check_index, problem.index, problem.x.shape[1]))
-        for wanted, result in zip(grads[2:], into[2:], strict=True):
-            if wanted is not None and result is not None and wanted is not result:
-                wanted.copy_(result)
+        _give(grads[2:], into[2:])
 
     def linear(self, problem: LinearProblem, out: Tensor) -> None:
         self._linear(problem, out, False)
@@ -92,9 +90,7 @@ class NativeCPU(NamedTuple):
         results = reference.listed_gradients(problem, grad_out, [grad is not None for grad in grads])
         if grads.x is not None:
             torch.ops.tokenops.delta_matmul_cpu_update.default(grads.x, None, results.x, problem.index, self._isa())
-        for wanted, result in zip(grads[1:], results[1:], strict=True):
-            if wanted is not None and result is not None:
-                wanted.copy_(result)
+        _give(grads[1:], results[1:])
 
     def update(self, buffer: Tensor, rows: Tensor, index: Tensor, out: Tensor) -> None:
         code = torch.ops.tokenops.delta_matmul_cpu_update.default(out, buffer, rows, index, self._isa())
@@ -115,6 +111,13 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 def _float_like(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
+
+
+def _give(wanted: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]) -> None:
+    """Gradients in the dtypes of their arguments."""
+    for grad, result in zip(wanted, results, strict=True):
+        if grad is not None and result is not None and grad is not result:
+            grad.copy_(result)
 
 
 def _check_gate(problem: GateProblem) -> None:
