@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArgum
   }
   __syncthreads();
   // the first walk waits for them
-  copy_rows<Shape::kRows, Shape::kWidth, Shape::kThreads>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
-                                                          p.rows, threadIdx.x);
+  copy_rows<Shape::kRows, Shape::kWidth, Shape::kThreads>(shared.rows, p.rows, p.aligned, threadIdx.x,
+                                                          RowCopy<T>{shared.query, p.query.at<T>(b, h), p.query.row, p.width});
 
   P products = products_of_warp<Shape>(shared);
   int rows[P::kRows];                        // of the grid, or -1
@@ -264,9 +264,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArgum
     const int64_t key_row = gone ? a.old_key.row : p.key.row, value_row = gone ? a.old_value.row : p.value.row;
     bool started = false;
     const auto start = [&](const int32_t* ids, T* tile_keys, T* tile_values) {
-      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(tile_keys, key, key_row, p.width, p.aligned, ids, p.keys, threadIdx.x);
-      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(tile_values, value, value_row, p.value_width, p.aligned, ids, p.keys,
-                                                              threadIdx.x);
+      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(ids, p.keys, p.aligned, threadIdx.x,
+                                                              RowCopy<T>{tile_keys, key, key_row, p.width},
+                                                              RowCopy<T>{tile_values, value, value_row, p.value_width});
     };
     const Keys<Shape> keys{shared, listed ? a.cells + b * a.cells_sample : nullptr, listed ? a.changed : p.keys};
     keys.each(start, [&](const int32_t* ids, const T* tile_keys, const T* tile_values) {

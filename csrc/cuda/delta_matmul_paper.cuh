@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_numbers(typename Shape::T* tile, Kind kind,
   using T = typename Shape::T;
   using Tile = TileRows<T, Shape::kWidth>;
   if constexpr (!Cast) {
-    copy_rows<Rows, Shape::kWidth, Shape::kThreads>(tile, grid.at<T>(b, h), grid.row, width, aligned, ids, rows, threadIdx.x);
+    copy_rows<Rows, Shape::kWidth, Shape::kThreads>(ids, rows, aligned, threadIdx.x, RowCopy<T>{tile, grid.at<T>(b, h), grid.row, width});
   } else {
     for (int place = threadIdx.x; place < Rows * Tile::kPieces; place += Shape::kThreads) {
       const int r = place / Tile::kPieces, c = place % Tile::kPieces * Tile::kPiece;

@@ -160,28 +160,52 @@ __device__ __forceinline__ Span causal_keys(const AttentionProblem& p, Span slot
   return {slots.begin, most_of_team(bound, partial)};
 }
 
-// Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
-// `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is
-// copied at once, number by number.
-template <int Rows, int W, int Threads, class T>
-__device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
-                                          int thread, int first_slot = -1) {
+// Rows of one head of a grid on their way into a tile. A grid by slot has the rows `first_slot` and the next, whatever ids name.
+template <class T>
+struct RowCopy {
+  T* tile;
+  const T* grid;
+  int64_t stride;
+  int width;
+  int first_slot = -1;
+
+  // 32 bits hold the bytes between rows (grid_of): one instruction instead of four
+  __device__ __forceinline__ const T* row(int r, int id) const {
+    const int apart = static_cast<int>(stride) * static_cast<int>(sizeof(T));
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(grid) +
+                                      static_cast<int64_t>(first_slot < 0 ? id : first_slot + r) * apart);
+  }
+};
+
+// Starts copies of `Rows` rows, `ids` of them in shared memory, into tiles: zeros for empty slots and beyond the width of a grid. Grids
+// that are not aligned are copied at once, number by number.
+template <int Rows, int W, int Threads, class T, class... More>
+__device__ __forceinline__ void copy_rows(const int32_t* ids, int rows, bool aligned, int thread, const RowCopy<T>& copy,
+                                          const More&... more) {
   using Tile = TileRows<T, W>;
-  const auto row = [&](int r) { return grid + (first_slot < 0 ? ids[r] : first_slot + r) * stride; };
+  constexpr int kPieces = Tile::kPieces, kPlaces = Rows * kPieces;
   if (aligned) {
+    // from a thread's row to its next; its piece is the same in all of them
+    constexpr int kApart = Threads % kPieces ? 0 : Threads / kPieces;
 #pragma unroll
-    for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
-      const int place = thread + i * Threads, r = place / Tile::kPieces, piece = place % Tile::kPieces;
-      if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
-      const bool valid = names(ids[r], rows) && piece * Tile::kPiece < width;
-      cp_async_16(tile + Tile::at(r, piece), valid ? row(r) + piece * Tile::kPiece : grid, valid);
+    for (int i = 0; i < (kPlaces + Threads - 1) / Threads; ++i) {
+      const int place = thread + i * Threads, r = place / kPieces, piece = place % kPieces;
+      if (kPlaces % Threads && r >= Rows) break;
+      const int id = ids[r], at = kApart && kApart % 8 == 0 ? Tile::at(thread / kPieces, piece, i * kApart) : Tile::at(r, piece);
+      const bool exists = names(id, rows);
+      const auto start = [&](const RowCopy<T>& one) {
+        cp_async_16(one.tile + at, one.row(r, exists ? id : 0) + piece * Tile::kPiece, exists && piece * Tile::kPiece < one.width);
+      };
+      start(copy), (start(more), ...);
     }
     return;
   }
 #pragma unroll 1
   for (int i = thread; i < Rows * W; i += Threads) {
-    const int r = i / W, c = i % W;
-    tile[Tile::at(r, c / Tile::kPiece) + c % Tile::kPiece] = names(ids[r], rows) && c < width ? row(r)[c] : T{};
+    const int r = i / W, c = i % W, at = Tile::at(r, c / Tile::kPiece) + c % Tile::kPiece;
+    const bool exists = names(ids[r], rows);
+    const auto put = [&](const RowCopy<T>& one) { one.tile[at] = exists && c < one.width ? one.row(r, ids[r])[c] : T{}; };
+    put(copy), (put(more), ...);
   }
 }
 

@@ -33,7 +33,9 @@ Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch,
   check_size(name, t, 2, rows);
   check_size(name, t, 3, width);
   check_dense_rows(name, t);
-  return {const_cast<void*>(t.const_data_ptr()), broadcast_stride(t, 0), broadcast_stride(t, 1), broadcast_stride(t, 2)};
+  const int64_t apart = broadcast_stride(t, 2);
+  STD_TORCH_CHECK(apart <= INT32_MAX / static_cast<int64_t>(t.element_size()), name, " has rows of one head more than 2 GiB apart");
+  return {const_cast<void*>(t.const_data_ptr()), broadcast_stride(t, 0), broadcast_stride(t, 1), apart};
 }
 
 // Whether every row of a grid begins at a multiple of 16 bytes.
