@@ -137,11 +137,11 @@ struct HalfProduct {
     for (int k = 0; k < Shape::kDepth / 16; ++k) {
       uint32_t a[kDown][4];
 #pragma unroll
-      for (int i = 0; i < kDown; ++i) ldmatrix(a[i], rows + Tile::at(i * 16 + lane % 16, k * 2 + lane / 16));
+      for (int i = 0; i < kDown; ++i) ldmatrix(a[i], rows + Tile::at(lane % 16, k * 2 + lane / 16, i * 16));
 #pragma unroll
       for (int j = 0; j < kAcross; j += 2) {
         uint32_t b[4];
-        ldmatrix(b, weight + Tile::at(j * 8 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+        ldmatrix(b, weight + Tile::at(lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2, j * 8));
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
           mma<T>(sum[i][j], a[i], b[0], b[1]);
@@ -197,7 +197,7 @@ struct TileSource {
     const int piece = threadIdx.x % Tile::kPieces, c = channel + piece * Tile::kPiece;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      copy_run<Aligned>(tile + Tile::at(threadIdx.x / Tile::kPieces + i * kApart, piece), row[i], c, width, anywhere);
+      copy_run<Aligned>(tile + Tile::at(threadIdx.x / Tile::kPieces, piece, i * kApart), row[i], c, width, anywhere);
   }
 };
 

@@ -32,8 +32,13 @@ struct ParametersShape {
     alignas(128) T grad[kDepth * Tile::kPitch];
     alignas(128) T rows[kDepth * Tile::kPitch];
   };
+  // rows of a slot, null where it is empty
+  struct alignas(16) Slot {
+    const T *grad, *row;
+  };
   struct Shared {
     Stage stage[Stages];
+    Slot slots[Stages][kDepth];
   };
 };
 
@@ -103,7 +108,7 @@ struct HalfParametersProduct {
       uint32_t a[kDown][4];
 #pragma unroll
       for (int i = 0; i < kDown; ++i)
-        ldmatrix_transposed(a[i], grad + Tile::at(k + lane / 16 * 8 + lane % 8, down / 8 + i * 2 + lane / 8 % 2));
+        ldmatrix_transposed(a[i], grad + Tile::at(lane / 16 * 8 + lane % 8, down / 8 + i * 2 + lane / 8 % 2, k));
       // the product with a matrix of ones
       if (with_bias)
 #pragma unroll
@@ -111,7 +116,7 @@ struct HalfParametersProduct {
 #pragma unroll
       for (int j = 0; j < kAcross; j += 2) {
         uint32_t b[4];
-        ldmatrix_transposed(b, rows + Tile::at(k + lane % 16, across / 8 + j + lane / 16));
+        ldmatrix_transposed(b, rows + Tile::at(lane % 16, across / 8 + j + lane / 16, k));
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
           mma<T>(sum[i][j], a[i], b[0], b[1]);
@@ -158,32 +163,38 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) layer_parameters(LayerPara
   const int first_output = blockIdx.x % parts * Shape::kSide, first_channel = blockIdx.x / parts * Shape::kSide;
   const int steps = (total + Shape::kDepth - 1) / Shape::kDepth;
 
-  // a thread copies the same piece of several slots' rows; which rows, it learns a step ahead
-  constexpr int kApart = Shape::kThreads / Tile::kPieces, kCount = Shape::kDepth / kApart;
-  static_assert(Shape::kDepth % kApart == 0);
-  const int mine = threadIdx.x / Tile::kPieces, piece = threadIdx.x % Tile::kPieces;
-  Slot next[kCount];
-  const auto find = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int slot = step * Shape::kDepth + mine + i * kApart;
-      next[i] = slot < total ? slot_at(p.lists, slot) : Slot{0, 0, -1};
-    }
+  // Where a slot's rows are one thread finds out, for all that copy them: its id is under way during one product, and the rows during the
+  // next.
+  static_assert(Shape::kDepth <= Shape::kThreads);
+  struct Found {
+    int sample, place, id;
+  };
+  const auto find = [&](int step) -> Found {
+    const int slot = step * Shape::kDepth + threadIdx.x;
+    if (threadIdx.x >= Shape::kDepth || slot >= total) return {0, 0, -1};
+    const int sample = slot / p.lists.slots, place = slot - sample * p.lists.slots;
+    return {sample, place, p.lists.index[sample * p.lists.sample + place]};
+  };
+  const auto put = [&](int step, const Found& found) {
+    if (threadIdx.x >= Shape::kDepth) return;
+    const bool filled = found.id >= 0 && found.id < p.lists.rows;
+    auto& slot = shared.slots[step % Shape::kStages][threadIdx.x];
+    slot.grad = filled ? p.grad.at(found.sample, found.place) : nullptr;
+    slot.row = filled ? p.in.at(found.sample, p.gather ? found.id : found.place) : nullptr;
   };
   const auto start = [&](int step) {
     if (step < steps) {
+      constexpr int kApart = Shape::kThreads / Tile::kPieces;
+      static_assert(Shape::kDepth % kApart == 0 && kApart % 8 == 0);
       auto& stage = shared.stage[step % Shape::kStages];
+      const int mine = threadIdx.x / Tile::kPieces, piece = threadIdx.x % Tile::kPieces, from = piece * Tile::kPiece;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const auto [sample, place, row] = next[i];
-        const int to = Tile::at(mine + i * kApart, piece);
-        const bool filled = row >= 0;
-        copy_run<Aligned>(stage.grad + to, filled ? p.grad.at(sample, place) : nullptr, first_output + piece * Tile::kPiece, p.outputs,
-                          p.grad.data);
-        copy_run<Aligned>(stage.rows + to, filled ? p.in.at(sample, p.gather ? row : place) : nullptr, first_channel + piece * Tile::kPiece,
-                          p.width, p.grad.data);
+      for (int i = 0; i < Shape::kDepth; i += kApart) {
+        const auto slot = shared.slots[step % Shape::kStages][mine + i];
+        const int to = Tile::at(mine, piece, i);
+        copy_run<Aligned>(stage.grad + to, slot.grad, first_output + from, p.outputs, p.grad.data);
+        copy_run<Aligned>(stage.rows + to, slot.row, first_channel + from, p.width, p.grad.data);
       }
-      find(step + 1);
     }
     // an empty group too is a group to count
     cp_async_commit();
@@ -192,7 +203,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) layer_parameters(LayerPara
   ParametersProduct<Shape> product(warp_id() / Shape::kWarpsAcross * Shape::kWarpOutputs,
                                    warp_id() % Shape::kWarpsAcross * Shape::kWarpChannels);
   const bool with_bias = p.of_bias && first_channel == 0 && product.across == 0;
-  find(0);
+  for (int step = 0; step < Shape::kStages; ++step) put(step, find(step));
+  __syncthreads();
 #pragma unroll
   for (int step = 0; step < Shape::kStages - 1; ++step) start(step);
   for (int step = 0; step < steps; ++step) {
@@ -200,8 +212,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) layer_parameters(LayerPara
     // and everybody is through with the step before, whose memory is written next
     __syncthreads();
     start(step + Shape::kStages - 1);
+    const Found found = find(step + Shape::kStages);
     const auto& stage = shared.stage[step % Shape::kStages];
     product.step(stage.grad, stage.rows, with_bias);
+    put(step + Shape::kStages, found);
   }
   if (with_bias)
     product.each_bias([&](int i, float sum) {
