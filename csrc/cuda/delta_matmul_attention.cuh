@@ -105,27 +105,12 @@ __device__ __forceinline__ void find_logits(Products<Shape>& products, typename 
 #pragma unroll
     // rounded before a maximum is subtracted, or the same logit at two maxima would be rounded in two ways
     for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = __fmul_rn(products.logit(r, k), p.scale);
-  if (Shape::kRel && p.rel != Kind::none) {
-    // by way of shared memory: neighbouring lanes read neighbouring keys
-    const Terms terms(p, b, h);
-    const int first = warp_id() * Shape::kWarpRows;
-    float* const added = shared.weights + first * Shape::kWeightPitch;
-#pragma unroll 4
-    for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-      const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
-      added[r * Shape::kWeightPitch + k] = row >= 0 && names(id, p.keys) ? terms.at(row, id, id) : 0.0f;
-    }
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-      for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
+  const int32_t* const rows = shared.rows + warp_id() * Shape::kWarpRows;
+  if constexpr (Shape::kRel) {
+    if (p.rel != Kind::none)
+      add_terms<false>(products, shared.weights + warp_id() * Shape::kWarpRows * Shape::kWeightPitch, p, b, h, rows, 0, ids, 0);
   }
-#pragma unroll
-  for (int k = 0; k < P::kKeys; ++k)
-    if (!names(ids[products.key(k)], p.keys))
-#pragma unroll
-      for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = -kInfinity;
+  hide<false>(products, OwnOrder{false, false, rows, 0}, 0, ids, 0, p.keys);
 }
 
 // Weights from logits, their sums, and a maximum that rises to the greatest logit: what a row had before shrinks by the result.

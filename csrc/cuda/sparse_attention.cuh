@@ -221,27 +221,34 @@ __device__ __forceinline__ void copy_ids(int32_t* ids, const SlotList& list, int
   }
 }
 
-// The mask and rel_pos of one query head.
-struct Terms {
+// What the mask and rel_pos add to the logits of one key with the queries of one head. The key is a row of the grid, and `rank` that of it
+// in a packed sequence.
+struct KeyTerms {
   const AttentionProblem& p;
-  int64_t b, h;
+  bool exists, has_cell = false;
+  int64_t mask = 0, rel_h = 0, rel_w = 0;  // places of row 0
 
-  __device__ __forceinline__ Terms(const AttentionProblem& p, int64_t b, int64_t h) : p(p), b(b), h(h) {}
-
-  // what they add to the logit of a query row and a key row, or of a key of such a rank in a packed sequence; -inf hides it
-  __device__ __forceinline__ float at(int row, int key, int rank) const {
+  __device__ __forceinline__ KeyTerms(const AttentionProblem& p, int64_t b, int64_t h, int key, int rank)
+      : p(p), exists(names(key, p.keys)) {
+    if (!exists) return;
+    if (p.mask != Kind::none) mask = b * p.mask_batch + h * p.mask_head + key * p.mask_column;
+    const int cell = p.packed() ? rank : key;
+    has_cell = p.rel != Kind::none && cell < p.rel_height * p.rel_width;
+    if (!has_cell) return;
+    rel_h = b * p.rel_h.batch + h * p.rel_h.head + cell / p.rel_width;
+    rel_w = b * p.rel_w.batch + h * p.rel_w.head + cell % p.rel_width;
+  }
+  // -inf hides the key
+  __device__ __forceinline__ float at(int row) const {
     float sum = 0.0f;
-    if (p.mask != Kind::none)
-      sum = to_log2(number(p.mask, p.mask_data, b * p.mask_batch + h * p.mask_head + row * p.mask_row + key * p.mask_column));
-    if (p.rel != Kind::none && rank < p.rel_height * p.rel_width)
-      sum += to_log2(number(p.rel, p.rel_h, row, rank / p.rel_width) + number(p.rel, p.rel_w, row, rank % p.rel_width));
+    if (!exists || !names(row, p.rows)) return sum;
+    if (p.mask != Kind::none) sum = to_log2(number(p.mask, p.mask_data, mask + row * p.mask_row));
+    if (has_cell)
+      sum += to_log2(number(p.rel, p.rel_h.data, rel_h + row * p.rel_h.row) + number(p.rel, p.rel_w.data, rel_w + row * p.rel_w.row));
     return sum;
   }
 
  private:
-  __device__ __forceinline__ float number(Kind kind, const Grid& grid, int row, int column) const {
-    return number(kind, grid.data, b * grid.batch + h * grid.head + row * grid.row + column);
-  }
   static __device__ __forceinline__ float number(Kind kind, const void* data, int64_t at) {
     if (kind == Kind::boolean) return static_cast<const uint8_t*>(data)[at] ? 0.0f : -kInfinity;
     if (kind == Kind::f32) return static_cast<const float*>(data)[at];

@@ -60,10 +60,10 @@ struct BackwardShape {
     // of keys the bias; of queries lse and delta
     float bias[kOwnsKeys ? 1 : Stages][Others], lse[kOwnsKeys ? Stages : 1][Others], delta[kOwnsKeys ? Stages : 1][Others];
     int32_t rows[kRows], ids[kIdTiles][Others];
-    // what is kept here and not in registers that the products need: the bias of keys that the team owns; whose rows these are; the rank of
-    // its first row in its sequence; the slots that it meets, and the first of their sequence
+    // what is kept here and not in registers that the products need: the bias of keys that the team owns; whose rows these are; the slots
+    // that it meets, and the first of their sequence
     float own_bias[kOwnsKeys ? kRows : 1];
-    int batch, head, kv_head, piece, rank, other_begin;
+    int batch, head, kv_head, piece, other_begin;
     Span slots;
     int partial[2][Warps];
   };
@@ -231,7 +231,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
     shared.head = head;
     shared.kv_head = kOwnsKeys ? head : head / p.group;
     shared.piece = number % a.pieces;
-    shared.rank = work.first - work.own.begin;
     shared.other_begin = work.others.begin;
     shared.slots = slots;
   }
@@ -317,23 +316,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
       }
     }
     if constexpr (Shape::kFull) {
-      if (masked) {
-        // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
-        const Terms terms(p, shared.batch, tiles.query_head(step));
-#pragma unroll 4
-        for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-          const int r = kOwnsKeys ? i % Shape::kWarpRows : i / Shape::kKeys, k = kOwnsKeys ? i / Shape::kWarpRows : i % Shape::kKeys;
-          const int row = shared.rows[first + r], id = ids[k];
-          const bool exists = row >= 0 && k < filled && names(id, kOwnsKeys ? p.rows : p.keys);
-          const int key_rank = kOwnsKeys ? shared.rank + first + r : rank + k, key = kOwnsKeys ? row : id;
-          weights[r * Shape::kWeightPitch + k] = exists ? terms.at(kOwnsKeys ? id : row, key, p.packed() ? key_rank : key) : 0.0f;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-          for (int k = 0; k < P::kKeys; ++k) scores.logit(r, k) += weights[scores.row(r) * Shape::kWeightPitch + scores.key(k)];
-      }
+      if (masked) add_terms<kOwnsKeys>(scores, weights, p, shared.batch, tiles.query_head(step), order.rows, order.rank, ids, rank);
     }
     if (p.causal || (kOwnsKeys ? p.q_index.data : p.kv_index.data) || filled < Shape::kKeys)
       hide<kOwnsKeys>(scores, order, strictest, ids, rank, kOwnsKeys ? p.rows : p.keys);

@@ -229,22 +229,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
       }
     }
     if constexpr (Shape::kFull) {
-      if (masked) {
-        // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
-        const Terms terms(p, shared.batch, shared.head);
-        float* const added = shared.weights + first * Shape::kWeightPitch;
-#pragma unroll 4
-        for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-          const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
-          const bool exists = row >= 0 && names(id, p.keys);
-          added[r * Shape::kWeightPitch + k] = exists ? terms.at(row, id, p.packed() ? rank + k : id) : 0.0f;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-          for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
-      }
+      if (masked)
+        add_terms<false>(products, shared.weights + first * Shape::kWeightPitch, p, shared.batch, shared.head, order.rows, order.rank, ids,
+                         rank);
     }
     if (p.causal || p.kv_index.data || keys.end - keys.begin < rank + Shape::kKeys)
       hide<false>(products, order, strictest, ids, rank, p.keys);

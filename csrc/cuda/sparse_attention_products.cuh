@@ -217,6 +217,26 @@ struct Products<Shape, float> {
   }
 };
 
+// Adds the mask and rel_pos to a warp's logits, by way of its room for weights: there neighbouring lanes read neighbouring keys, and this
+// loop need not know who holds which logit. A lane has one key, `kQueries`: of the warp's own rows, else of the tile.
+template <bool kQueries, class Shape>
+__device__ __forceinline__ void add_terms(Products<Shape>& products, float* added, const AttentionProblem& p, int64_t b, int64_t h,
+                                          const int32_t* own, int own_rank, const int32_t* ids, int rank) {
+  using P = Products<Shape>;
+  constexpr int kKeys = kQueries ? Shape::kWarpRows : Shape::kKeys, kRows = kQueries ? Shape::kKeys : Shape::kWarpRows;
+  static_assert(kWarp % kKeys == 0);
+  const int k = lane_id() % kKeys;
+  const KeyTerms key(p, b, h, (kQueries ? own : ids)[k], (kQueries ? own_rank : rank) + k);
+#pragma unroll 4
+  for (int r = lane_id() / kKeys; r < kRows; r += kWarp / kKeys)
+    added[kQueries ? k * Shape::kWeightPitch + r : r * Shape::kWeightPitch + k] = key.at((kQueries ? ids : own)[r]);
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r)
+#pragma unroll
+    for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
+}
+
 // The order of a warp's own rows, where a pass is causal: their ranks in a packed sequence, or which rows of the grid they are.
 struct OwnOrder {
   bool causal, packed;
