@@ -46,7 +46,8 @@ SampleLists sample_lists_of(const Tensor& index, int64_t batch, int64_t rows) {
   check_dtype("index", index, ScalarType::Int);
   check_broadcast("index", index, 0, batch);
   check_dense_rows("index", index);
-  STD_TORCH_CHECK(batch * index.size(1) < INT32_MAX, "index must have fewer than 2^31 - 1 slots");
+  // kernels count to the end of a tile, and some of the next ones, in 32 bits
+  STD_TORCH_CHECK(batch * index.size(1) < INT32_MAX - 1023, "index must have fewer than 2^31 - 1024 slots");
   return {index.const_data_ptr<int32_t>(), broadcast_stride(index, 0), static_cast<int>(batch), static_cast<int>(rows),
           static_cast<int>(index.size(1))};
 }

@@ -169,7 +169,10 @@ class NativeCUDA:
         if p.weight_2 is not None:
             inner = _slots_by(p, p.weight.shape[0])
             _layer(p, inner, rows, p.weight, p.bias, gather=gather)
-            _parameters(p, grad, reference.activated(inner, p.activation), grads.weight_2, grads.bias_2)
+            hidden = inner if grads.weight_2 is None else reference.activated(inner, p.activation)
+            _parameters(p, grad, hidden, grads.weight_2, grads.bias_2)
+            if all(wanted is None for wanted in grads[:5]):
+                return
             grad = torch.empty_like(inner)
             _layer(p, grad, grad_out, p.weight_2.T.contiguous(), other=inner, form="inner", activation=p.activation)
         elif p.activation != "none":
