@@ -258,6 +258,7 @@ def collect(
     inverse = _factors(meta_inverse, m, m < M)
     cool = _coolness(temperature, learned_temperature) * LOG2E
     mass = tl.zeros([BLOCK_M], tl.float32)
+    rounded = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for n_first in range(0, N, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
@@ -282,11 +283,14 @@ def collect(
         scores = products * _factors(metric_inverse, n, exists)[:, None] * inverse[None, :] * cool
         w = tl.exp2(scores - _vector(origin, n, exists)[:, None]) * _vector(weight, n, exists)[:, None]
         w = tl.where((m < M)[None, :], w, 0.0)
-        mass += tl.sum(w, 0)
         rows = _tile(x, n_first, exists, x_strides[1], channel, C, BLOCK_N)
-        total = tl.dot(tl.trans(w.to(rows.dtype)), rows, total, input_precision=PRECISION)
-    empty = mass == 0.0
-    total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, mass)[:, None])
+        narrow = w.to(rows.dtype)
+        mass += tl.sum(w, 0)
+        rounded += tl.sum(narrow.to(tl.float32), 0)
+        total = tl.dot(tl.trans(narrow), rows, total, input_precision=PRECISION)
+    # by the sum of the rounded weights: else means are off by its rounding, and gradients are differences of means
+    empty = rounded == 0.0
+    total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, rounded)[:, None])
     _store_tile(out + b * M * C, m_first, m < M, C, channel, total, C, BLOCK_M)
     if tl.program_id(0) % parts == 0:
         tl.store(mass_out + b * M + m, mass, mask=m < M)
