@@ -163,27 +163,12 @@ __device__ __forceinline__ void find_logits(Products<Shape>& products, typename 
 #pragma unroll
     // rounded before a maximum is subtracted, or the same logit at two maxima would be rounded in two ways
     for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = __fmul_rn(products.logit(r, k), p.scale);
-  if (Shape::kRel && p.rel != Kind::none) {
-    // by way of shared memory: neighbouring lanes read neighbouring keys
-    const Terms terms(p, b, h);
-    const int first = warp_id() * Shape::kWarpRows;
-    float* const added = shared.weights + first * Shape::kWeightPitch;
-#pragma unroll 4
-    for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-      const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
-      added[r * Shape::kWeightPitch + k] = row >= 0 && names(id, p.keys) ? terms.at(row, id, id) : 0.0f;
-    }
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-      for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
+  const int32_t* const rows = shared.rows + warp_id() * Shape::kWarpRows;
+  if constexpr (Shape::kRel) {
+    if (p.rel != Kind::none)
+      add_terms<false>(products, shared.weights + warp_id() * Shape::kWarpRows * Shape::kWeightPitch, p, b, h, rows, 0, ids, 0);
   }
-#pragma unroll
-  for (int k = 0; k < P::kKeys; ++k)
-    if (!names(ids[products.key(k)], p.keys))
-#pragma unroll
-      for (int r = 0; r < P::kRows; ++r) products.logit(r, k) = -kInfinity;
+  hide<false>(products, OwnOrder{false, false, rows, 0}, 0, ids, 0, p.keys);
 }
 
 // Weights from logits, their sums, and a maximum that rises to the greatest logit: what a row had before shrinks by the result.
@@ -241,8 +226,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArgum
   }
   __syncthreads();
   // the first walk waits for them
-  copy_rows<Shape::kRows, Shape::kWidth, Shape::kThreads>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
-                                                          p.rows, threadIdx.x);
+  copy_rows<Shape::kRows, Shape::kWidth, Shape::kThreads>(shared.rows, p.rows, p.aligned, threadIdx.x,
+                                                          RowCopy<T>{shared.query, p.query.at<T>(b, h), p.query.row, p.width});
 
   P products = products_of_warp<Shape>(shared);
   int rows[P::kRows];                        // of the grid, or -1
@@ -322,9 +307,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_exact(ExactArgum
     const int64_t key_row = gone ? a.old_key.row : p.key.row, value_row = gone ? a.old_value.row : p.value.row;
     bool started = false;
     const auto start = [&](const int32_t* ids, T* tile_keys, T* tile_values) {
-      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(tile_keys, key, key_row, p.width, p.aligned, ids, p.keys, threadIdx.x);
-      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(tile_values, value, value_row, p.value_width, p.aligned, ids, p.keys,
-                                                              threadIdx.x);
+      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(ids, p.keys, p.aligned, threadIdx.x,
+                                                              RowCopy<T>{tile_keys, key, key_row, p.width},
+                                                              RowCopy<T>{tile_values, value, value_row, p.value_width});
     };
     const Keys<Shape> keys{shared, listed ? a.cells + b * a.cells_sample : nullptr, listed ? a.changed : p.keys};
     keys.each(start, [&](const int32_t* ids, const T* tile_keys, const T* tile_values) {
@@ -402,7 +387,7 @@ __device__ __forceinline__ void copy_numbers(typename Shape::T* tile, Kind kind,
   using T = typename Shape::T;
   using Tile = TileRows<T, Shape::kWidth>;
   if constexpr (!Cast) {
-    copy_rows<Rows, Shape::kWidth, Shape::kThreads>(tile, grid.at<T>(b, h), grid.row, width, aligned, ids, rows, threadIdx.x);
+    copy_rows<Rows, Shape::kWidth, Shape::kThreads>(ids, rows, aligned, threadIdx.x, RowCopy<T>{tile, grid.at<T>(b, h), grid.row, width});
   } else {
     for (int place = threadIdx.x; place < Rows * Tile::kPieces; place += Shape::kThreads) {
       const int r = place / Tile::kPieces, c = place % Tile::kPieces * Tile::kPiece;

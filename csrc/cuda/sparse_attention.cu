@@ -19,7 +19,7 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
 template <class T, int W>
 struct ForwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr bool kHasLarge = W >= 64 && !(kFloat && W > 64), kHasSmall = !kFloat, kHasShort = !kFloat && W <= 64;
+  static constexpr bool kHasLarge = W >= 64 && !(kFloat && W > 64), kHasSmall = !kFloat;
   static constexpr int kKeys = kFloat && W == 128 ? 16 : 32;
   using Large = ForwardShape<T, W, 4, 2, kFloat || W >= 96 ? 32 : 64, kFloat || W >= 96 ? 2 : 3, false>;
   using Small = ForwardShape<T, W, 4, 1, 64, 2, false>;
@@ -44,7 +44,7 @@ void forward_of_width(const Tensor& on, const ForwardArguments& a, int64_t batch
       if (queries <= Shapes::Few::kRows && !full && a.p.key_slots > Shapes::Few::kTileKeys)
         return launch_forward<typename Shapes::Few>(on, a, batch);
     if (queries <= Shapes::Shortest::kRows) return launch_forward<typename Shapes::Shortest>(on, a, batch);
-    if constexpr (Shapes::kHasShort)
+    if constexpr (!Shapes::kFloat && W <= 64)
       if (queries <= Shapes::Short::kRows) return launch_forward<typename Shapes::Short>(on, a, batch);
     if (full) return launch_forward<typename Shapes::Full>(on, a, batch);
   }

@@ -145,27 +145,67 @@ __device__ __forceinline__ int most_of_team(int number, int (&partial)[Warps]) {
   return number;
 }
 
-// Starts copies of `Rows` rows of one head of a grid, `ids` of them in shared memory, into a tile; zeros for empty slots and beyond the
-// `width` numbers of a row. Of a grid by slot the rows are `first_slot` and the next, where ids name any. A grid that is not aligned is
-// copied at once.
-template <int Rows, int W, int Threads, class T>
-__device__ __forceinline__ void copy_rows(T* tile, const T* grid, int64_t stride, int width, bool aligned, const int32_t* ids, int rows,
-                                          int thread, int first_slot = -1) {
+// Of the key slots those that queries up to the row `last` may meet, or up to that rank in a packed sequence. `partial` as above.
+template <int Threads, int Warps>
+__device__ __forceinline__ Span causal_keys(const AttentionProblem& p, Span slots, int64_t b, int kv_head, int last, int (&partial)[Warps],
+                                            int thread) {
+  if (p.packed() || !p.kv_index.data) return {slots.begin, slots.begin + min(slots.end - slots.begin, last + 1)};
+  // of an ascending list this skips all the rest; of any list, nothing visible
+  const SlotList list(p.kv_index, b, kv_head, p.keys);
+  int bound = slots.begin;
+  for (int slot = slots.begin + thread; slot < slots.end; slot += Threads) {
+    const int row = list.row(slot, slots.end);
+    if (row >= 0 && row <= last) bound = slot + 1;
+  }
+  return {slots.begin, most_of_team(bound, partial)};
+}
+
+// Rows of one head of a grid on their way into a tile. A grid by slot has the rows `first_slot` and the next, whatever ids name.
+template <class T>
+struct RowCopy {
+  T* tile;
+  const T* grid;
+  int64_t stride;
+  int width;
+  int first_slot = -1;
+
+  // 32 bits hold the bytes between rows (grid_of): one instruction instead of four
+  __device__ __forceinline__ const T* row(int r, int id) const {
+    const int apart = static_cast<int>(stride) * static_cast<int>(sizeof(T));
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(grid) +
+                                      static_cast<int64_t>(first_slot < 0 ? id : first_slot + r) * apart);
+  }
+};
+
+// Starts copies of `Rows` rows, `ids` of them in shared memory, into tiles: zeros for empty slots and beyond the width of a grid. Grids
+// that are not aligned are copied at once, number by number.
+template <int Rows, int W, int Threads, class T, class... More>
+__device__ __forceinline__ void copy_rows(const int32_t* ids, int rows, bool aligned, int thread, const RowCopy<T>& copy,
+                                          const More&... more) {
   using Tile = TileRows<T, W>;
+  constexpr int kPieces = Tile::kPieces, kPlaces = Rows * kPieces;
+  if (aligned) {
+    // from a thread's row to its next; its piece is the same in all of them
+    constexpr int kApart = Threads % kPieces ? 0 : Threads / kPieces;
 #pragma unroll
-  for (int i = 0; i < (Rows * Tile::kPieces + Threads - 1) / Threads; ++i) {
-    const int place = thread + i * Threads, r = place / Tile::kPieces, piece = place % Tile::kPieces;
-    if ((Rows * Tile::kPieces) % Threads && r >= Rows) break;
-    const int id = ids[r];
-    const bool valid = names(id, rows) && piece * Tile::kPiece < width;
-    const T* from = valid ? grid + (first_slot < 0 ? id : first_slot + r) * stride + piece * Tile::kPiece : grid;
-    T* to = tile + Tile::at(r, piece);
-    if (aligned) {
-      cp_async_16(to, from, valid);
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < Tile::kPiece; ++j) to[j] = valid ? from[j] : T{};
+    for (int i = 0; i < (kPlaces + Threads - 1) / Threads; ++i) {
+      const int place = thread + i * Threads, r = place / kPieces, piece = place % kPieces;
+      if (kPlaces % Threads && r >= Rows) break;
+      const int id = ids[r], at = kApart && kApart % 8 == 0 ? Tile::at(thread / kPieces, piece, i * kApart) : Tile::at(r, piece);
+      const bool exists = names(id, rows);
+      const auto start = [&](const RowCopy<T>& one) {
+        cp_async_16(one.tile + at, one.row(r, exists ? id : 0) + piece * Tile::kPiece, exists && piece * Tile::kPiece < one.width);
+      };
+      start(copy), (start(more), ...);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread; i < Rows * W; i += Threads) {
+    const int r = i / W, c = i % W, at = Tile::at(r, c / Tile::kPiece) + c % Tile::kPiece;
+    const bool exists = names(ids[r], rows);
+    const auto put = [&](const RowCopy<T>& one) { one.tile[at] = exists && c < one.width ? one.row(r, ids[r])[c] : T{}; };
+    put(copy), (put(more), ...);
   }
 }
 
@@ -181,27 +221,34 @@ __device__ __forceinline__ void copy_ids(int32_t* ids, const SlotList& list, int
   }
 }
 
-// The mask and rel_pos of one query head.
-struct Terms {
+// What the mask and rel_pos add to the logits of one key with the queries of one head. The key is a row of the grid, and `rank` that of it
+// in a packed sequence.
+struct KeyTerms {
   const AttentionProblem& p;
-  int64_t b, h;
+  bool exists, has_cell = false;
+  int64_t mask = 0, rel_h = 0, rel_w = 0;  // places of row 0
 
-  __device__ __forceinline__ Terms(const AttentionProblem& p, int64_t b, int64_t h) : p(p), b(b), h(h) {}
-
-  // what they add to the logit of a query row and a key row, or of a key of such a rank in a packed sequence; -inf hides it
-  __device__ __forceinline__ float at(int row, int key, int rank) const {
+  __device__ __forceinline__ KeyTerms(const AttentionProblem& p, int64_t b, int64_t h, int key, int rank)
+      : p(p), exists(names(key, p.keys)) {
+    if (!exists) return;
+    if (p.mask != Kind::none) mask = b * p.mask_batch + h * p.mask_head + key * p.mask_column;
+    const int cell = p.packed() ? rank : key;
+    has_cell = p.rel != Kind::none && cell < p.rel_height * p.rel_width;
+    if (!has_cell) return;
+    rel_h = b * p.rel_h.batch + h * p.rel_h.head + cell / p.rel_width;
+    rel_w = b * p.rel_w.batch + h * p.rel_w.head + cell % p.rel_width;
+  }
+  // -inf hides the key
+  __device__ __forceinline__ float at(int row) const {
     float sum = 0.0f;
-    if (p.mask != Kind::none)
-      sum = to_log2(number(p.mask, p.mask_data, b * p.mask_batch + h * p.mask_head + row * p.mask_row + key * p.mask_column));
-    if (p.rel != Kind::none && rank < p.rel_height * p.rel_width)
-      sum += to_log2(number(p.rel, p.rel_h, row, rank / p.rel_width) + number(p.rel, p.rel_w, row, rank % p.rel_width));
+    if (!exists || !names(row, p.rows)) return sum;
+    if (p.mask != Kind::none) sum = to_log2(number(p.mask, p.mask_data, mask + row * p.mask_row));
+    if (has_cell)
+      sum += to_log2(number(p.rel, p.rel_h.data, rel_h + row * p.rel_h.row) + number(p.rel, p.rel_w.data, rel_w + row * p.rel_w.row));
     return sum;
   }
 
  private:
-  __device__ __forceinline__ float number(Kind kind, const Grid& grid, int row, int column) const {
-    return number(kind, grid.data, b * grid.batch + h * grid.head + row * grid.row + column);
-  }
   static __device__ __forceinline__ float number(Kind kind, const void* data, int64_t at) {
     if (kind == Kind::boolean) return static_cast<const uint8_t*>(data)[at] ? 0.0f : -kInfinity;
     if (kind == Kind::f32) return static_cast<const float*>(data)[at];

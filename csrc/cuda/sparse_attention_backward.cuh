@@ -60,10 +60,10 @@ struct BackwardShape {
     // of keys the bias; of queries lse and delta
     float bias[kOwnsKeys ? 1 : Stages][Others], lse[kOwnsKeys ? Stages : 1][Others], delta[kOwnsKeys ? Stages : 1][Others];
     int32_t rows[kRows], ids[kIdTiles][Others];
-    // what is kept here and not in registers that the products need: the bias of keys that the team owns; whose rows these are; the rank of
-    // its first row in its sequence; the slots that it meets, and the first of their sequence
+    // what is kept here and not in registers that the products need: the bias of keys that the team owns; whose rows these are; the slots
+    // that it meets, and the first of their sequence
     float own_bias[kOwnsKeys ? kRows : 1];
-    int batch, head, piece, rank, other_begin;
+    int batch, head, kv_head, piece, other_begin;
     Span slots;
     int partial[2][Warps];
   };
@@ -85,22 +85,26 @@ struct OtherTiles {
     if constexpr (Shape::kOf == Gradient::rel_pos) return a.p.rel_height;
     return (shared.slots.end - shared.slots.begin + Shape::kKeys - 1) / Shape::kKeys * (kOwnsKeys ? a.p.group : 1);
   }
-  // one loop over the tiles of all query heads of a group: a loop around a loop would drain the pipeline every turn
-  __device__ __forceinline__ int query_head(int step) const { return kOwnsKeys ? shared.head * a.p.group + step % a.p.group : shared.head; }
+  // one loop over the tiles of all query heads of a group: a loop around a loop would drain the pipeline every turn. And no division where
+  // there is nothing to divide
+  __device__ __forceinline__ int turn(int step) const { return !kOwnsKeys || a.p.group == 1 ? step : step / a.p.group; }
+  __device__ __forceinline__ int query_head(int step) const {
+    return kOwnsKeys ? shared.head * a.p.group + step - turn(step) * a.p.group : shared.head;
+  }
   __device__ __forceinline__ Span tile(int step) const {
     if constexpr (Shape::kOf == Gradient::rel_pos) {
       const int column = shared.piece * Shape::kKeys, first = shared.slots.begin + step * a.p.rel_width + column;
       return {first, min(shared.slots.end, first + min(Shape::kKeys, a.p.rel_width - column))};
     }
-    return {shared.slots.begin + (kOwnsKeys ? step / a.p.group : step) * Shape::kKeys, shared.slots.end};
+    return {shared.slots.begin + turn(step) * Shape::kKeys, shared.slots.end};
   }
   __device__ __forceinline__ int32_t* ids(int step) const { return shared.ids[step % Shape::kIdTiles]; }
 
   __device__ __forceinline__ void start_ids(int step) const {
     if (step >= count()) return;
     const AttentionProblem& p = a.p;
-    const int h = query_head(step);
-    const SlotList list(kOwnsKeys ? p.q_index : p.kv_index, shared.batch, kOwnsKeys ? h : h / p.group, kOwnsKeys ? p.rows : p.keys);
+    const SlotList list(kOwnsKeys ? p.q_index : p.kv_index, shared.batch, kOwnsKeys ? query_head(step) : shared.kv_head,
+                        kOwnsKeys ? p.rows : p.keys);
     const Span slots = tile(step);
     copy_ids<Shape::kKeys, Shape::kTeam>(ids(step), list, slots.begin, slots.end, thread);
   }
@@ -114,8 +118,9 @@ struct OtherTiles {
     const int32_t* rows = ids(step);
     if constexpr (kOwnsKeys) {
       const int first = tile(step).begin;
-      copy(shared.first[stage], p.query, b, h, p.width, rows, p.rows, -1);
-      copy(shared.second[stage], a.grad_out, b, h, p.value_width, rows, p.rows, first);
+      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(
+          rows, p.rows, p.aligned, thread, RowCopy<T>{shared.first[stage], p.query.at<T>(b, h), p.query.row, p.width},
+          RowCopy<T>{shared.second[stage], a.grad_out.at<T>(b, h), a.grad_out.row, p.value_width, first});
       const int64_t at = (b * p.heads + h) * p.query_slots + first;
       for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
         const bool valid = names(rows[i], p.rows);
@@ -123,9 +128,10 @@ struct OtherTiles {
         cp_async_4(&shared.delta[stage][i], valid ? a.delta + at + i : a.delta, valid);
       }
     } else {
-      const int kv_head = h / p.group;
-      copy(shared.first[stage], p.key, b, kv_head, p.width, rows, p.keys, -1);
-      copy(shared.second[stage], p.value, b, kv_head, p.value_width, rows, p.keys, -1);
+      const int kv_head = shared.kv_head;
+      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(
+          rows, p.keys, p.aligned, thread, RowCopy<T>{shared.first[stage], p.key.at<T>(b, kv_head), p.key.row, p.width},
+          RowCopy<T>{shared.second[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width});
       if (!p.bias) return;
       const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
       for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
@@ -133,13 +139,6 @@ struct OtherTiles {
         cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
       }
     }
-  }
-
- private:
-  __device__ __forceinline__ void copy(T* to, const Grid& grid, int64_t b, int h, int width, const int32_t* rows, int count,
-                                       int first_slot) const {
-    copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(to, grid.at<T>(b, h), grid.row, width, a.p.aligned, rows, count, thread,
-                                                         first_slot);
   }
 };
 
@@ -158,15 +157,7 @@ __device__ __forceinline__ Span causal_slots(const AttentionProblem& p, Span slo
     }
     return {-most_of_team(-bound, shared.partial[1]), slots.end};
   } else {
-    if (p.packed() || !p.kv_index.data) return {slots.begin, min(slots.end, slots.begin + extreme + 1)};
-    // of an ascending list this skips all the rest; of any list, nothing visible
-    const SlotList list(p.kv_index, b, head / p.group, p.keys);
-    int bound = slots.begin;
-    for (int slot = slots.begin + thread; slot < slots.end; slot += Shape::kTeam) {
-      const int row = list.row(slot, slots.end);
-      if (row >= 0 && row <= extreme) bound = slot + 1;
-    }
-    return {slots.begin, most_of_team(bound, shared.partial[1])};
+    return causal_keys<Shape::kTeam>(p, slots, b, head / p.group, extreme, shared.partial[1], thread);
   }
 }
 
@@ -238,8 +229,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   if (thread == 0) {
     shared.batch = static_cast<int>(b);
     shared.head = head;
+    shared.kv_head = kOwnsKeys ? head : head / p.group;
     shared.piece = number % a.pieces;
-    shared.rank = work.first - work.own.begin;
     shared.other_begin = work.others.begin;
     shared.slots = slots;
   }
@@ -252,10 +243,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   {
     const Grid &first = kOwnsKeys ? p.key : p.query, &second = kOwnsKeys ? p.value : a.grad_out;
     const int rows = kOwnsKeys ? p.keys : p.rows;
-    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.own_first, first.at<T>(b, head), first.row, p.width, p.aligned, shared.rows,
-                                                         rows, thread);
-    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.own_second, second.at<T>(b, head), second.row, p.value_width, p.aligned,
-                                                         shared.rows, rows, thread, kOwnsKeys ? -1 : work.first);
+    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(
+        shared.rows, rows, p.aligned, thread, RowCopy<T>{shared.own_first, first.at<T>(b, head), first.row, p.width},
+        RowCopy<T>{shared.own_second, second.at<T>(b, head), second.row, p.value_width, kOwnsKeys ? -1 : work.first});
   }
   cp_async_commit();
   cp_async_wait<0>();
@@ -274,6 +264,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
   // logits, then weights, then the sums of grad_value; and slopes, then the sums of grad_query or grad_key
   P scores(shared.own_first + first * Tile::kPitch, weights), slopes(shared.own_second + first * Tile::kPitch, weights);
   const bool masked = p.mask != Kind::none || p.rel != Kind::none, busy = work.first + first < work.own.end;
+  const OwnOrder order{p.causal, p.packed(), shared.rows + first, work.first + first - work.own.begin};
+  const int strictest = order.template strictest<kOwnsKeys, Shape::kWarpRows>();
   // of a query
   float lse[kOwnsKeys ? 1 : P::kRows], delta[kOwnsKeys ? 1 : P::kRows];
   if constexpr (!kOwnsKeys) {
@@ -324,41 +316,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(Backwar
       }
     }
     if constexpr (Shape::kFull) {
-      if (masked) {
-        // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
-        const Terms terms(p, shared.batch, tiles.query_head(step));
-#pragma unroll 4
-        for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-          const int r = kOwnsKeys ? i % Shape::kWarpRows : i / Shape::kKeys, k = kOwnsKeys ? i / Shape::kWarpRows : i % Shape::kKeys;
-          const int row = shared.rows[first + r], id = ids[k];
-          const bool exists = row >= 0 && k < filled && names(id, kOwnsKeys ? p.rows : p.keys);
-          const int key_rank = kOwnsKeys ? shared.rank + first + r : rank + k, key = kOwnsKeys ? row : id;
-          weights[r * Shape::kWeightPitch + k] = exists ? terms.at(kOwnsKeys ? id : row, key, p.packed() ? key_rank : key) : 0.0f;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-          for (int k = 0; k < P::kKeys; ++k) scores.logit(r, k) += weights[scores.row(r) * Shape::kWeightPitch + scores.key(k)];
-      }
+      if (masked) add_terms<kOwnsKeys>(scores, weights, p, shared.batch, tiles.query_head(step), order.rows, order.rank, ids, rank);
     }
-    const bool some_hidden = p.causal || (kOwnsKeys ? p.q_index.data : p.kv_index.data) || filled < Shape::kKeys;
+    if (p.causal || (kOwnsKeys ? p.q_index.data : p.kv_index.data) || filled < Shape::kKeys)
+      hide<kOwnsKeys>(scores, order, strictest, ids, rank, kOwnsKeys ? p.rows : p.keys);
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) {
-      const int order = p.packed() ? shared.rank + first + scores.row(r) : shared.rows[first + scores.row(r)];
+    for (int r = 0; r < P::kRows; ++r)
 #pragma unroll
       for (int k = 0; k < P::kKeys; ++k) {
-        const int at = scores.key(k);
         float& weight = scores.logit(r, k);
         // at most 1, also where a huge lse was rounded by more than its distance to a logit; NaN stays NaN
         weight = exp2_fast(weight > 0.0f ? 0.0f : weight);
-        if (some_hidden) {
-          const int id = ids[at], other = p.packed() ? rank + at : id;
-          if (!names(id, kOwnsKeys ? p.rows : p.keys) || (p.causal && (kOwnsKeys ? other < order : other > order))) weight = 0.0f;
-        }
-        slopes.logit(r, k) = weight * (slopes.logit(r, k) - (kOwnsKeys ? shared.delta[stage][at] : delta[kOwnsKeys ? 0 : r]));
+        slopes.logit(r, k) = weight * (slopes.logit(r, k) - (kOwnsKeys ? shared.delta[stage][scores.key(k)] : delta[kOwnsKeys ? 0 : r]));
       }
-    }
 
     if constexpr (kRelPos) {
 #pragma unroll

@@ -40,7 +40,7 @@ struct ForwardShape {
     float bias[Stages][Keys];
     int32_t rows[kRows], ids[kIdTiles][Keys];
     // whose rows these are, for later
-    int batch, head, first, end;
+    int batch, head, kv_head, first, end;
     int partial[2][Warps];
     float highest[Split ? Warps : 1][kWarpRows], total[Split ? Warps : 1][kWarpRows];
   };
@@ -74,10 +74,9 @@ struct KeyTiles {
     if (tile >= count()) return;
     const int stage = tile % Shape::kStages;
     const int32_t* rows = ids(tile);
-    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width, p.aligned,
-                                                             rows, p.keys, thread);
-    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width,
-                                                             p.aligned, rows, p.keys, thread);
+    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(
+        rows, p.keys, p.aligned, thread, RowCopy<T>{shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width},
+        RowCopy<T>{shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width});
     if (!p.bias) return;
     const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
     for (int i = thread; i < Shape::kTileKeys; i += Shape::kTeam) {
@@ -161,24 +160,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   }
   if (p.causal) {
     last = most_of_team(last, shared.partial[0]);
-    if (p.packed() || !p.kv_index.data) {
-      keys.end = keys.begin + min(keys.end - keys.begin, last + 1);
-    } else {
-      // of an ascending list this skips all the rest; of any list, nothing visible
-      const SlotList list(p.kv_index, b, h / p.group, p.keys);
-      int bound = keys.begin;
-      for (int slot = keys.begin + thread; slot < keys.end; slot += Shape::kTeam) {
-        const int row = list.row(slot, keys.end);
-        if (row >= 0 && row <= last) bound = slot + 1;
-      }
-      keys.end = most_of_team(bound, shared.partial[1]);
-    }
+    keys = causal_keys<Shape::kTeam>(p, keys, b, h / p.group, last, shared.partial[1], thread);
   }
   const KeyTiles<Shape> tiles{shared, p, keys, thread};
   for (int tile = 0; tile < 2 * (Shape::kStages - 1); ++tile) tiles.start_ids(tile, b, h / p.group);
   if (thread == 0) {
     shared.batch = static_cast<int>(b);
     shared.head = h;
+    shared.kv_head = h / p.group;
     shared.first = work.first;
     shared.end = work.own.end;
   }
@@ -191,8 +180,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
 
   // where there is no key nobody waits for copies before results take the queries' place
   if (tiles.count() > 0)
-    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.query, p.query.at<T>(b, h), p.query.row, p.width, p.aligned, shared.rows,
-                                                         p.rows, thread);
+    copy_rows<Shape::kRows, Shape::kWidth, Shape::kTeam>(shared.rows, p.rows, p.aligned, thread,
+                                                         RowCopy<T>{shared.query, p.query.at<T>(b, h), p.query.row, p.width});
 #pragma unroll
   for (int tile = 0; tile < Shape::kStages - 1; ++tile) {
     tiles.start_rows(tile, b, h / p.group);
@@ -211,7 +200,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
   }
   const bool has_terms = p.has_terms(), masked = p.mask != Kind::none || p.rel != Kind::none, busy = work.first + first < work.own.end;
   const float unit = has_terms ? 1.0f : p.scale;
-  const int order_of_first = work.first - work.own.begin;
+  const OwnOrder order{p.causal, p.packed(), shared.rows + first, work.first + first - work.own.begin};
+  const int strictest = order.template strictest<false, Shape::kWarpRows>();
 
   for (int tile = 0; tile < tiles.count(); ++tile) {
     cp_async_wait<Shape::kStages - 2>();
@@ -220,8 +210,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
       __syncwarp();
     else
       __syncthreads();
-    tiles.start_rows(tile + Shape::kStages - 1, shared.batch, shared.head / p.group);
-    tiles.start_ids(tile + 2 * (Shape::kStages - 1), shared.batch, shared.head / p.group);
+    tiles.start_rows(tile + Shape::kStages - 1, shared.batch, shared.kv_head);
+    tiles.start_ids(tile + 2 * (Shape::kStages - 1), shared.batch, shared.kv_head);
     cp_async_commit();
     // rows behind the end: this warp only helps to copy
     if (!busy) continue;
@@ -239,36 +229,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
       }
     }
     if constexpr (Shape::kFull) {
-      if (masked) {
-        // by way of shared memory: neighbouring lanes read neighbouring keys, and this loop need not know who holds which logit
-        const Terms terms(p, shared.batch, shared.head);
-        float* const added = shared.weights + first * Shape::kWeightPitch;
-#pragma unroll 4
-        for (int i = lane_id(); i < Shape::kWarpRows * Shape::kKeys; i += kWarp) {
-          const int r = i / Shape::kKeys, k = i % Shape::kKeys, row = shared.rows[first + r], id = ids[k];
-          const bool exists = row >= 0 && names(id, p.keys);
-          added[r * Shape::kWeightPitch + k] = exists ? terms.at(row, id, p.packed() ? rank + k : id) : 0.0f;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < P::kRows; ++r)
-#pragma unroll
-          for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
-      }
+      if (masked)
+        add_terms<false>(products, shared.weights + first * Shape::kWeightPitch, p, shared.batch, shared.head, order.rows, order.rank, ids,
+                         rank);
     }
-    if (p.causal || p.kv_index.data || keys.end - keys.begin < rank + Shape::kKeys) {
-#pragma unroll
-      for (int r = 0; r < P::kRows; ++r) {
-        const int place = first + products.row(r);
-        // the last key that the row sees
-        const int limit = !p.causal ? INT32_MAX - 1 : p.packed() ? order_of_first + place : shared.rows[place];
-#pragma unroll
-        for (int k = 0; k < P::kKeys; ++k) {
-          const int id = ids[products.key(k)], order = p.packed() ? rank + products.key(k) : id;
-          if (!names(id, p.keys) || order > limit) products.logit(r, k) = -kInfinity;
-        }
-      }
-    }
+    if (p.causal || p.kv_index.data || keys.end - keys.begin < rank + Shape::kKeys)
+      hide<false>(products, order, strictest, ids, rank, p.keys);
 
     float shrink[P::kRows];
     bool rose = false;

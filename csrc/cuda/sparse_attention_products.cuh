@@ -58,7 +58,7 @@ struct Products {
 #pragma unroll
       for (int j = 0; j < kKeyTiles; j += 2) {
         uint32_t pair[4];
-        ldmatrix(pair, keys + Tile::at(j * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+        ldmatrix(pair, keys + Tile::at(lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2, j * 8));
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           mma<T>(logits[i][j], held[i][kHoldQuery ? step : 0], pair[0], pair[1]);
@@ -91,7 +91,7 @@ struct Products {
 #pragma unroll
       for (int j = 0; j < W / 8; j += 2) {
         uint32_t pair[4];
-        ldmatrix_transposed(pair, values + Tile::at(step * 16 + lane % 16, j + lane / 16));
+        ldmatrix_transposed(pair, values + Tile::at(lane % 16, j + lane / 16, step * 16));
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           mma<T>(sums[i][j], weights[i], pair[0], pair[1]);
@@ -120,7 +120,7 @@ struct Products {
 
  private:
   __device__ __forceinline__ void load_query(uint32_t (&to)[4], int i, int step) const {
-    ldmatrix(to, query + Tile::at(i * 16 + lane % 16, step * 2 + lane / 16));
+    ldmatrix(to, query + Tile::at(lane % 16, step * 2 + lane / 16, i * 16));
   }
 };
 
@@ -216,6 +216,70 @@ struct Products<Shape, float> {
     }
   }
 };
+
+// Adds the mask and rel_pos to a warp's logits, by way of its room for weights: there neighbouring lanes read neighbouring keys, and this
+// loop need not know who holds which logit. A lane has one key, `kQueries`: of the warp's own rows, else of the tile.
+template <bool kQueries, class Shape>
+__device__ __forceinline__ void add_terms(Products<Shape>& products, float* added, const AttentionProblem& p, int64_t b, int64_t h,
+                                          const int32_t* own, int own_rank, const int32_t* ids, int rank) {
+  using P = Products<Shape>;
+  constexpr int kKeys = kQueries ? Shape::kWarpRows : Shape::kKeys, kRows = kQueries ? Shape::kKeys : Shape::kWarpRows;
+  static_assert(kWarp % kKeys == 0);
+  const int k = lane_id() % kKeys;
+  const KeyTerms key(p, b, h, (kQueries ? own : ids)[k], (kQueries ? own_rank : rank) + k);
+#pragma unroll 4
+  for (int r = lane_id() / kKeys; r < kRows; r += kWarp / kKeys)
+    added[kQueries ? k * Shape::kWeightPitch + r : r * Shape::kWeightPitch + k] = key.at((kQueries ? ids : own)[r]);
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r)
+#pragma unroll
+    for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) += added[products.row(r) * Shape::kWeightPitch + products.key(k)];
+}
+
+// The order of a warp's own rows, where a pass is causal: their ranks in a packed sequence, or which rows of the grid they are.
+struct OwnOrder {
+  bool causal, packed;
+  const int32_t* rows;  // in shared memory
+  int rank;             // of the first
+
+  __device__ __forceinline__ int at(int i) const { return packed ? rank + i : rows[i]; }
+  // of the others: which of them this one may not meet
+  template <bool kQueries>
+  __device__ __forceinline__ bool hides(int other, int own) const {
+    return causal && (kQueries ? other < own : other > own);
+  }
+  // the own row that hides most
+  template <bool kQueries, int kRows>
+  __device__ __forceinline__ int strictest() const {
+    int extreme = kQueries ? -1 : INT32_MAX;
+    if (!causal) return extreme;
+    for (int i = lane_id(); i < kRows; i += kWarp)
+      if (rows[i] >= 0) extreme = kQueries ? max(extreme, at(i)) : min(extreme, at(i));
+    return fold_lanes(extreme, [](int a, int b) { return kQueries ? max(a, b) : min(a, b); });
+  }
+};
+
+// Logits of -inf where a tile's slot names none of the `others`, and where causality hides one. Few tiles have such: one look at all ids
+// of a tile, `rank` that of the first in its sequence, spares the rest of them a comparison for each logit.
+template <bool kQueries, class Shape>
+__device__ __forceinline__ void hide(Products<Shape>& products, const OwnOrder& own, int strictest, const int32_t* ids, int rank,
+                                     int others) {
+  using P = Products<Shape>;
+  const auto hidden = [&](int i, int order) {
+    return !names(ids[i], others) || own.hides<kQueries>(own.packed ? rank + i : ids[i], order);
+  };
+  bool any = false;
+  for (int i = lane_id(); i < Shape::kKeys; i += kWarp) any |= hidden(i, strictest);
+  if (!__any_sync(kAllLanes, any)) return;
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    const int order = own.at(products.row(r));
+#pragma unroll
+    for (int k = 0; k < P::kKeys; ++k)
+      if (hidden(products.key(k), order)) products.logit(r, k) = -kInfinity;
+  }
+}
 
 }  // namespace
 }  // namespace tokenops

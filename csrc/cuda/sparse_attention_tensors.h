@@ -28,7 +28,9 @@ int size_of(const char* name, int64_t size) {
 
 Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
   check_grid(name, t, dtype, batch, heads, rows, width);
-  return {const_cast<void*>(t.const_data_ptr()), broadcast_stride(t, 0), broadcast_stride(t, 1), broadcast_stride(t, 2)};
+  const int64_t apart = broadcast_stride(t, 2);
+  STD_TORCH_CHECK(apart <= INT32_MAX / static_cast<int64_t>(t.element_size()), name, " has rows of one head more than 2 GiB apart");
+  return {const_cast<void*>(t.const_data_ptr()), broadcast_stride(t, 0), broadcast_stride(t, 1), apart};
 }
 
 // Whether every row of a grid begins at a multiple of 16 bytes.

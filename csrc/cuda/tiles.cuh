@@ -14,6 +14,8 @@ struct TileRows {
   static constexpr int kPitch = sizeof(T) == 4 ? W + kPiece : W;
   static_assert(W % 32 == 0);
 
+  // `more` is a multiple of eight, constant where possible: those rows are swizzled alike, so that it ends in an instruction's offset
+  static __device__ __forceinline__ int at(int row, int piece, int more) { return at(row, piece) + more * kPitch; }
   static __device__ __forceinline__ int at(int row, int piece) {
     if constexpr (sizeof(T) == 4) return row * kPitch + piece * kPiece;
     // rows of 128 bytes begin in the same bank, rows of 64 bytes every second one; pieces stay within their eight or four
