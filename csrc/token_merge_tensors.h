@@ -36,7 +36,7 @@ inline void check_per_token(const char* name, const Tensor& t, ScalarType dtype,
 inline void check_new(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t columns) {
   check_per_token(name, t, dtype, batch, columns);
   check_size(name, t, 0, batch);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_contiguous(name, t);
 }
 
 // [1|B, N, 3], given if there is a window
@@ -66,7 +66,7 @@ inline void check_new_plan(const Tensor& slot, const Tensor& count, const Tensor
   check_rank("count", count, 1);
   check_dtype("count", count, ScalarType::Int);
   check_size("count", count, 0, batch);
-  STD_TORCH_CHECK(count.is_contiguous(), "count must be contiguous");
+  check_contiguous("count", count);
   STD_TORCH_CHECK(offsets.size(1) > 0 && offsets.size(1) < INT32_MAX / 2, "offsets must have n_out + 1 columns, fewer than 2^30");
 }
 

@@ -100,7 +100,8 @@ struct Call {
     p.stat_head = lse.stride(1);
     if (!row_sq) return;
     check_statistic("row_sq", *row_sq, batch, p.query_heads, slots);
-    STD_TORCH_CHECK(row_sq->is_contiguous() && lse.is_contiguous(), "lse and row_sq must be contiguous");
+    check_contiguous("row_sq", *row_sq);
+    check_contiguous("lse", lse);
     p.row_sq = row_sq->mutable_data_ptr<float>();
   }
 

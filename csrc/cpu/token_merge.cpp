@@ -75,7 +75,7 @@ void check_side(const char* name, const Tensor& grid, const OptionalTensor& scal
   check_tokens(name, grid);
   if (scale) check_per_token("a scale", *scale, ScalarType::Float, grid.size(0), grid.size(1));
   check_place(place, windowed, grid.size(0), grid.size(1));
-  STD_TORCH_CHECK(!place || place->is_contiguous(), "a place must be contiguous");
+  if (place) check_contiguous("a place", *place);
 }
 
 Pairs pairs_of(const Tensor& a, bool normalize, bool windowed, int64_t t_low, int64_t t_high, int64_t reach_y, int64_t reach_x) {
@@ -195,7 +195,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
 int64_t make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor target, bool is_slot) {
   check_rank("target", target, 2);
   check_dtype("target", target, ScalarType::Int);
-  STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
+  check_contiguous("target", target);
   const NewPlan plan(slot, count, order, offsets, target.size(0), target.size(1));
   const int32_t* given = target.const_data_ptr<int32_t>();
   const auto parent = allocate<int32_t>(is_slot ? 0 : plan.batch * plan.tokens);
@@ -389,7 +389,7 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
     check_rank("grad_temperature", *grad_temperature, 1);
     check_dtype("grad_temperature", *grad_temperature, ScalarType::Float);
     check_size("grad_temperature", *grad_temperature, 0, call.batch);
-    STD_TORCH_CHECK(grad_temperature->is_contiguous(), "grad_temperature must be contiguous");
+    check_contiguous("grad_temperature", *grad_temperature);
   }
   for (int64_t s = 0; s < call.batch; ++s) {
     SoftSample& sample = call.samples[s];

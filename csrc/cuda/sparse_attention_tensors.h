@@ -48,7 +48,7 @@ Lists lists_of(const char* name, const OptionalTensor& index, int64_t batch, int
 
 float* statistic_of(const char* name, const Tensor& t, const AttentionProblem& p, int64_t batch) {
   check_statistic(name, t, batch, p.heads, p.query_slots);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_contiguous(name, t);
   return const_cast<float*>(t.const_data_ptr<float>());
 }
 

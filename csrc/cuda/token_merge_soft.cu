@@ -24,7 +24,7 @@ void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_
   check_dtype(name, t, ScalarType::Float);
   int64_t dim = 0;
   for (const int64_t size : sizes) check_size(name, t, dim++, size);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_contiguous(name, t);
 }
 
 struct SoftCall {
@@ -137,7 +137,7 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
       check_rank(name, **t, 3);
       check_dtype(name, **t, x.scalar_type());
       for (int64_t dim = 0; dim < 3; ++dim) check_size(name, **t, dim, like->size(dim));
-      STD_TORCH_CHECK((*t)->is_contiguous(), name, " must be contiguous");
+      check_contiguous(name, **t);
     }
   with_float("x", x, [&](auto number) {
     using T = decltype(number);

@@ -15,7 +15,7 @@ inline void check_lists(const Tensor& lists, int64_t batch, int64_t tokens) {
   check_size("lists", lists, 0, 2);
   check_size("lists", lists, 1, batch);
   check_size("lists", lists, 2, tokens);
-  STD_TORCH_CHECK(lists.is_contiguous(), "lists must be contiguous");
+  check_contiguous("lists", lists);
 }
 
 // Whether every row begins where 16 bytes can be read at once, and ends with such a piece.
@@ -31,7 +31,7 @@ struct Words {
   int64_t left;
 
   explicit Words(const Tensor& scratch) : next(scratch.mutable_data_ptr<int32_t>()), left(scratch.numel()) {
-    STD_TORCH_CHECK(scratch.is_contiguous(), "scratch must be contiguous");
+    check_contiguous("scratch", scratch);
   }
   template <class T>
   T* take(int64_t count) {
