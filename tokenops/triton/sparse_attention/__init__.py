@@ -176,6 +176,8 @@ def _backward_rel_pos(problem: AttentionProblem, inputs: dict[str, Any], grad_h:
         listed_strides=_list_strides(listed),
         blocks=blocks,
         chunks=chunks,
+        # left to itself, the assembler of sm_100 spills a register where that lets one more program run beside the others
+        **registers(255),
     )
     if parts is not None and grad_h is not None and chunks != 1:
         grad_h.copy_(parts.sum(0))
@@ -293,8 +295,7 @@ def _blocks(slots: int, block: int, cu_seqlens: Tensor | None) -> int:
 
 def _launch(kernel: Any, programs: int, on: Tensor, tiles: Tiles, **arguments: Any) -> None:
     blocks = {"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k} if tiles.block_k else {"BLOCK_Q": tiles.block_q}
-    # left to itself, the assembler spills a register or two where that lets one more program run beside the others
-    launch(kernel, programs, on, **arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **registers(255))
+    launch(kernel, programs, on, **arguments, **blocks, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def _list_strides(tensor: Tensor | None) -> tuple[int, ...]:

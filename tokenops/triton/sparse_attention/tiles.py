@@ -48,7 +48,7 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     # float32 products run on the ordinary cores unless TF32 is allowed, and those hold both operands in registers: hence the small blocks
     ("forward", 4): {
-        64: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 16, 4, 2)),
+        64: Rows(plain=Tiles(64, 16, 8, 3), biased=Tiles(64, 32, 8, 2), masked=Tiles(32, 16, 4, 2)),
         128: Rows(plain=Tiles(32, 16, 8, 2), biased=Tiles(16, 16, 8, 2), masked=Tiles(16, 16, 4, 2)),
         256: Rows(plain=Tiles(16, 16, 4, 2), biased=Tiles(16, 16, 4, 2), masked=Tiles(16, 16, 4, 2)),
     },
