@@ -32,6 +32,7 @@ inline void check_dtype(const char* name, const Tensor& t, ScalarType dtype) {
 inline void check_dense_rows(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, " must have a dense last dimension");
 }
+inline void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous"); }
 inline int64_t broadcast_stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 }  // namespace tokenops

@@ -505,6 +505,15 @@ def test_soft_merging_of_all_shapes(tokens: int, metas: int, channels: int, widt
     assert_soft(call, serves(backend, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "far"), [(1, 0.0), (37, 1000.0)])
+def test_soft_merging_to_means_that_differ_little(tokens: int, far: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Gradients are what is left of their differences, and a mean's error is not."""
+    call = soft_call("plain", dtype, tokens, metas=24)
+    call["x"] = call["x"] + far
+    assert_soft(call, serves(backend, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
+
+
 def test_one_meta_token_gets_the_mean(backend: str, device: str) -> None:
     x, metric, meta = (normal(2, 300, 8, seed=seed).to(device).requires_grad_() for seed in range(3))
     merged, mass = tokenops.soft_merge(x, metric, meta[:, :1], temperature=0.3, backend=backend)

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../tensors.h"
+#include "../sparse_attention_tensors.h"
 #include "sparse_attention.h"
 
 namespace tokenops {
@@ -15,12 +15,7 @@ class RowListTable {
   // Out-of-range or repeated ids and bad offsets make the table invalid. `unique_rows`: packed sequences may not share rows.
   RowListTable(const char* name, const OptionalTensor& index, const OptionalTensor& offsets, int64_t rows, int64_t batch, int64_t heads,
                bool unique_rows) {
-    if (index) {
-      check_rank(name, *index, 3);
-      check_dtype(name, *index, ScalarType::Int);
-      check_broadcast(name, *index, 0, batch);
-      check_broadcast(name, *index, 1, heads);
-    }
+    if (index) check_index(name, *index, batch, heads);
     if (offsets) check_rank("cu_seqlens", *offsets, 1);
     const int64_t slots = index ? index->size(2) : rows;
     sequences_ = offsets ? std::max<int64_t>(offsets->size(0) - 1, 1) : index ? index->size(0) : 1;

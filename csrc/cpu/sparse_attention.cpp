@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
 #include "call.h"
 #include "grid.h"
 #include "isa.h"
@@ -54,35 +53,27 @@ struct Call {
     check_rank("value", value, 4);
     p.width = query.size(3);
     p.value_width = value.size(3);
-    STD_TORCH_CHECK(p.kv_heads > 0 && p.query_heads % p.kv_heads == 0, "query heads must be a multiple of key heads");
+    check_heads(p.query_heads, p.kv_heads);
     check_widths(p);
     p.queries = queries.lists();
     p.keys = keys.lists();
-    p.query = grid_of("query", query, dtype, batch, p.query_heads, query.size(2), p.width, packed);
-    p.key = grid_of("key", key, dtype, batch, p.kv_heads, key.size(2), p.width, packed);
-    p.value = grid_of("value", value, dtype, batch, p.kv_heads, key.size(2), p.value_width, packed);
+    p.query = grid_of("query", query, dtype, batch, p.query_heads, query.size(2), p.width);
+    p.key = grid_of("key", key, dtype, batch, p.kv_heads, key.size(2), p.width);
+    p.value = grid_of("value", value, dtype, batch, p.kv_heads, key.size(2), p.value_width);
     p.scale = static_cast<float>(scale);
     p.causal = causal;
     if (kv_bias) {
-      check_rank("kv_bias", *kv_bias, 3);
-      check_dtype("kv_bias", *kv_bias, ScalarType::Float);
-      check_broadcast("kv_bias", *kv_bias, 0, batch);
-      check_broadcast("kv_bias", *kv_bias, 1, p.kv_heads);
-      check_size("kv_bias", *kv_bias, 2, key.size(2));
+      check_bias(*kv_bias, batch, p.kv_heads, key.size(2));
       p.bias = kv_bias->const_data_ptr<float>();
-      p.bias_sequence = packed ? 0 : broadcast_stride(*kv_bias, 0);
+      p.bias_sequence = broadcast_stride(*kv_bias, 0);
       p.bias_head = broadcast_stride(*kv_bias, 1);
       p.bias_row = kv_bias->stride(2);
     }
     if (attn_mask) {
-      check_rank("attn_mask", *attn_mask, 4);
-      check_broadcast("attn_mask", *attn_mask, 0, batch);
-      check_broadcast("attn_mask", *attn_mask, 1, p.query_heads);
-      check_broadcast("attn_mask", *attn_mask, 2, query.size(2));
-      check_broadcast("attn_mask", *attn_mask, 3, key.size(2));
+      check_mask(*attn_mask, batch, p.query_heads, query.size(2), key.size(2));
       p.mask = mask_of(*attn_mask);
       p.mask_data = attn_mask->const_data_ptr();
-      p.mask_sequence = packed ? 0 : broadcast_stride(*attn_mask, 0);
+      p.mask_sequence = broadcast_stride(*attn_mask, 0);
       p.mask_head = broadcast_stride(*attn_mask, 1);
       p.mask_row = broadcast_stride(*attn_mask, 2);
       p.mask_column = broadcast_stride(*attn_mask, 3);
@@ -102,13 +93,15 @@ struct Call {
   }
 
   void set_statistics(const Tensor& lse, const OptionalTensor& row_sq) {
-    check_statistic("lse", lse);
+    check_statistic("lse", lse, batch, p.query_heads, slots);
+    check_dense_rows("lse", lse);
     p.lse = const_cast<float*>(lse.const_data_ptr<float>());
-    p.stat_sequence = packed ? 0 : lse.stride(0);
+    p.stat_sequence = broadcast_stride(lse, 0);
     p.stat_head = lse.stride(1);
     if (!row_sq) return;
-    check_statistic("row_sq", *row_sq);
-    STD_TORCH_CHECK(row_sq->is_contiguous() && lse.is_contiguous(), "lse and row_sq must be contiguous");
+    check_statistic("row_sq", *row_sq, batch, p.query_heads, slots);
+    check_contiguous("row_sq", *row_sq);
+    check_contiguous("lse", lse);
     p.row_sq = row_sq->mutable_data_ptr<float>();
   }
 
@@ -117,14 +110,6 @@ struct Call {
     check_rank(name, t, 4);
     STD_TORCH_CHECK(t.size(2) < INT32_MAX, name, " must have fewer than 2^31 - 1 rows");
     return t.size(2);
-  }
-  void check_statistic(const char* name, const Tensor& t) const {
-    check_rank(name, t, 3);
-    check_dtype(name, t, ScalarType::Float);
-    check_size(name, t, 0, batch);
-    check_size(name, t, 1, p.query_heads);
-    check_size(name, t, 2, slots);
-    check_dense_rows(name, t);
   }
 };
 
@@ -137,8 +122,7 @@ int64_t forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Ten
   if (!call.valid()) return kBadContents;
   SparseAttention& p = call.p;
   call.set_statistics(lse, row_sq);
-  p.out =
-      grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width, call.packed);
+  p.out = grid_of("out", out, query.scalar_type(), call.batch, p.query_heads, by_row ? query.size(2) : call.slots, p.value_width);
   p.out_by_row = by_row;
   p.past_caches = call.result_bytes(p.value_width) > kCaches;
 
@@ -183,12 +167,12 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
   const ScalarType dtype = query.scalar_type();
   const int64_t rows = query.size(2), columns = key.size(2);
   call.set_statistics(lse, std::nullopt);
-  p.out = grid_of("out", out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
+  p.out = grid_of("out", out, dtype, call.batch, p.query_heads, call.slots, p.value_width);
   p.past_caches = call.result_bytes(p.width) > kCaches;
-  p.grad_out = grid_of("grad_out", grad_out, dtype, call.batch, p.query_heads, call.slots, p.value_width, call.packed);
-  if (grad_query) p.grad_query = grid_of("grad_query", *grad_query, dtype, call.batch, p.query_heads, rows, p.width, call.packed);
-  if (grad_key) p.grad_key = grid_of("grad_key", *grad_key, dtype, call.batch, p.kv_heads, columns, p.width, call.packed);
-  if (grad_value) p.grad_value = grid_of("grad_value", *grad_value, dtype, call.batch, p.kv_heads, columns, p.value_width, call.packed);
+  p.grad_out = grid_of("grad_out", grad_out, dtype, call.batch, p.query_heads, call.slots, p.value_width);
+  if (grad_query) p.grad_query = grid_of("grad_query", *grad_query, dtype, call.batch, p.query_heads, rows, p.width);
+  if (grad_key) p.grad_key = grid_of("grad_key", *grad_key, dtype, call.batch, p.kv_heads, columns, p.width);
+  if (grad_value) p.grad_value = grid_of("grad_value", *grad_value, dtype, call.batch, p.kv_heads, columns, p.value_width);
   if (grad_bias) {
     check_rank("grad_bias", *grad_bias, 3);
     check_dtype("grad_bias", *grad_bias, ScalarType::Float);
@@ -197,14 +181,12 @@ int64_t backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTen
     check_size("grad_bias", *grad_bias, 2, columns);
     check_dense_rows("grad_bias", *grad_bias);
     p.grad_bias = grad_bias->mutable_data_ptr<float>();
-    p.grad_bias_sequence = call.packed ? 0 : grad_bias->stride(0);
+    p.grad_bias_sequence = broadcast_stride(*grad_bias, 0);
     p.grad_bias_head = grad_bias->stride(1);
   }
   STD_TORCH_CHECK(rel_h || !(grad_rel_h || grad_rel_w), "a gradient of rel_pos needs rel_h and rel_w");
-  if (grad_rel_h)
-    p.grad_rel_h = grid_of("grad_rel_h", *grad_rel_h, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_height, call.packed);
-  if (grad_rel_w)
-    p.grad_rel_w = grid_of("grad_rel_w", *grad_rel_w, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_width, call.packed);
+  if (grad_rel_h) p.grad_rel_h = grid_of("grad_rel_h", *grad_rel_h, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_height);
+  if (grad_rel_w) p.grad_rel_w = grid_of("grad_rel_w", *grad_rel_w, rel_h->scalar_type(), call.batch, p.query_heads, rows, p.rel_width);
 
   // A part is a range of keys of one head: it alone adds to their gradients. Few heads are cut into several parts, whose shares
   // of the queries' gradients are then added up in order. The cut follows from the shapes, so the bits do not depend on threads.

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
+#include "../token_merge_tensors.h"
 #include "call.h"
 #include "isa.h"
 #include "threads.h"
@@ -19,10 +19,6 @@ namespace {
 
 constexpr int64_t kSmallestPiece = 32 << 10;  // bytes moved; less is not worth a second thread
 constexpr int64_t kPairPiecesPerThread = 2;   // every piece packs the candidates of its sample again
-constexpr int64_t kPlaces = 3;                // t, y, x
-
-// bits of a role, as in tokenops/types.py
-constexpr int8_t kSource = 1, kDestination = 2, kDropped = 4;
 
 template <class T>
 std::unique_ptr<T[]> allocate(int64_t count) {
@@ -31,20 +27,6 @@ std::unique_ptr<T[]> allocate(int64_t count) {
 
 int64_t pieces_of(int64_t bytes) {
   return std::min<int64_t>(kPiecesPerThread * torch::stable::get_num_threads(), bytes / kSmallestPiece + 1);
-}
-
-void check_tokens(const char* name, const Tensor& t) {
-  check_rank(name, t, 3);
-  check_dense_rows(name, t);
-  STD_TORCH_CHECK(t.size(1) < INT32_MAX, name, " must have fewer than 2^31 - 1 rows");
-}
-
-// [1|B, N] of one number a token
-void check_per_token(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t tokens) {
-  check_rank(name, t, 2);
-  check_dtype(name, t, dtype);
-  check_broadcast(name, t, 0, batch);
-  check_size(name, t, 1, tokens);
 }
 
 template <class T>
@@ -92,21 +74,13 @@ PairSide side_of(const Tensor& grid, int64_t s, const IdLists& lists, const Opti
 void check_side(const char* name, const Tensor& grid, const OptionalTensor& scale, const OptionalTensor& place, bool windowed) {
   check_tokens(name, grid);
   if (scale) check_per_token("a scale", *scale, ScalarType::Float, grid.size(0), grid.size(1));
-  STD_TORCH_CHECK(place.has_value() == windowed, "places and a window must be given together");
-  if (!place) return;
-  check_rank("a place", *place, 3);
-  check_dtype("a place", *place, ScalarType::Int);
-  check_broadcast("a place", *place, 0, grid.size(0));
-  check_size("a place", *place, 1, grid.size(1));
-  check_size("a place", *place, 2, kPlaces);
-  STD_TORCH_CHECK(place->is_contiguous(), "a place must be contiguous");
+  check_place(place, windowed, grid.size(0), grid.size(1));
+  if (place) check_contiguous("a place", *place);
 }
 
 Pairs pairs_of(const Tensor& a, bool normalize, bool windowed, int64_t t_low, int64_t t_high, int64_t reach_y, int64_t reach_x) {
   const int64_t width = a.size(2);
-  STD_TORCH_CHECK(width > 0 && width % 8 == 0, "the width of what is compared must be a multiple of 8, got ", width);
-  // two places are less than this apart, and so far beyond nothing overflows
-  const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
+  check_compared_width(width);
   return {storage_of("what is compared", a), width, normalize, windowed, held(t_low), held(t_high), held(reach_y), held(reach_x)};
 }
 
@@ -147,10 +121,8 @@ int64_t argmax(Tensor best, Tensor index, Tensor a, Tensor b, OptionalTensor a_m
   check_dtype("b", b, a.scalar_type());
   check_size("b", b, 0, batch);
   check_size("b", b, 2, p.width);
-  check_per_token("best", best, ScalarType::Float, batch, rows);
-  check_per_token("index", index, ScalarType::Int, batch, rows);
-  STD_TORCH_CHECK(best.is_contiguous() && index.is_contiguous() && best.size(0) == batch && index.size(0) == batch,
-                  "best and index must be contiguous [B, Na]");
+  check_new("best", best, ScalarType::Float, batch, rows);
+  check_new("index", index, ScalarType::Int, batch, rows);
   std::fill_n(best.mutable_data_ptr<float>(), batch * rows, -std::numeric_limits<float>::infinity());
   std::fill_n(index.mutable_data_ptr<int32_t>(), batch * rows, -1);
   const IdLists of_a = unmasked("a_mask", a_mask, a), of_b = unmasked("b_mask", b_mask, b);
@@ -168,17 +140,7 @@ struct NewPlan {
 
   NewPlan(const Tensor& slots, const Tensor& counts, const Tensor& orders, const Tensor& offset, int64_t batch, int64_t tokens)
       : batch(batch), tokens(tokens), n_out(offset.size(1) - 1) {
-    check_per_token("slot", slots, ScalarType::Int, batch, tokens);
-    check_per_token("order", orders, ScalarType::Int, batch, tokens);
-    check_rank("count", counts, 1);
-    check_dtype("count", counts, ScalarType::Int);
-    check_size("count", counts, 0, batch);
-    check_rank("offsets", offset, 2);
-    check_dtype("offsets", offset, ScalarType::Int);
-    check_size("offsets", offset, 0, batch);
-    STD_TORCH_CHECK(n_out >= 0, "offsets must have n_out + 1 columns");
-    for (const Tensor* t : {&slots, &orders, &counts, &offset})
-      STD_TORCH_CHECK(t->is_contiguous() && t->size(0) == batch, "the tensors of a new plan must be contiguous with a row for each sample");
+    check_new_plan(slots, counts, orders, offset, batch, tokens);
     slot = slots.mutable_data_ptr<int32_t>(), count = counts.mutable_data_ptr<int32_t>();
     order = orders.mutable_data_ptr<int32_t>(), offsets = offset.mutable_data_ptr<int32_t>();
   }
@@ -198,7 +160,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   const NewPlan plan(slot, count, order, offsets, batch, tokens);
   if (role) check_per_token("role", *role, ScalarType::Char, batch, tokens);
   STD_TORCH_CHECK(r.value_or(0) >= 0, "r must not be negative, got ", r.value_or(0));
-  const auto role_of = [&](int64_t s, int64_t i) -> int8_t {
+  const auto role_of = [&](int64_t s, int64_t i) -> int {
     if (role) return sample_of<int8_t>(*role, s)[i * role->stride(1)];
     if ((i == 0 && class_token) || (i == 1 && distill_token)) return 0;
     return i % 2 ? kDestination : kSource;
@@ -218,7 +180,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
   const Status status = find_pairs(loops, p, samples, [&](int64_t s) {
     int32_t* of_sample = parent.get() + s * tokens;
     for (int64_t i = 0; i < tokens; ++i) {
-      const int8_t kind = role_of(s, i);
+      const int kind = role_of(s, i);
       if (kind < 0 || kind > kDropped) right = false;
       of_sample[i] = kind & kDropped ? -1 : static_cast<int32_t>(i);
     }
@@ -233,7 +195,7 @@ int64_t match(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor me
 int64_t make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor target, bool is_slot) {
   check_rank("target", target, 2);
   check_dtype("target", target, ScalarType::Int);
-  STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
+  check_contiguous("target", target);
   const NewPlan plan(slot, count, order, offsets, target.size(0), target.size(1));
   const int32_t* given = target.const_data_ptr<int32_t>();
   const auto parent = allocate<int32_t>(is_slot ? 0 : plan.batch * plan.tokens);
@@ -248,34 +210,19 @@ int64_t make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tenso
   return right ? kOk : kBadContents;
 }
 
-MergeMode mode_of(const std::string& mode) {
-  if (mode == "sum" || mode == "copy") return MergeMode::sum;
-  if (mode == "mean") return MergeMode::mean;
-  if (mode == "amax") return MergeMode::amax;
-  STD_TORCH_CHECK(mode == "replace" || mode == "drop", "unknown mode ", mode);
-  return MergeMode::keep;
-}
-
 // A plan that was given, and what is merged by it. tokens [B, N, W], merged [B, n_out, W]; either may be the result.
 struct SegmentCall {
   Segments p;
+  ScalarType dtype;
   int64_t batch, tokens, n_out;
   std::vector<SegmentSample> samples;
   bool sound = true;
 
   SegmentCall(const Tensor& x, const Tensor& y, const Tensor& slot, const Tensor& order, const Tensor& offsets, const std::string& mode)
-      : batch(x.size(0)), tokens(x.size(1)), n_out(y.size(1)), samples(batch) {
+      : dtype(x.scalar_type()), batch(x.size(0)), tokens(x.size(1)), n_out(y.size(1)), samples(batch) {
     check_tokens("tokens", x);
-    check_tokens("merged tokens", y);
-    check_dtype("merged tokens", y, x.scalar_type());
-    check_size("merged tokens", y, 0, batch);
-    check_size("merged tokens", y, 2, x.size(2));
-    check_per_token("slot", slot, ScalarType::Int, batch, tokens);
-    check_per_token("order", order, ScalarType::Int, batch, tokens);
-    check_per_token("offsets", offsets, ScalarType::Int, batch, n_out + 1);
-    for (const Tensor* t : {&order, &offsets})
-      STD_TORCH_CHECK(t->is_contiguous() && t->size(0) == slot.size(0), "slot, order and offsets must be contiguous and of one batch size");
-    STD_TORCH_CHECK(slot.is_contiguous(), "slot must be contiguous");
+    check_tokens("merged tokens", y, dtype, batch, n_out, x.size(2));
+    check_plan(slot, order, offsets, batch, tokens, n_out);
     p = {storage_of("tokens", x), mode_of(mode), x.size(2), batch * n_out * x.size(2) * static_cast<int64_t>(x.element_size()) > kCaches};
     for (int64_t s = 0; s < batch; ++s) {
       SegmentSample& sample = samples[s];
@@ -295,10 +242,7 @@ struct SegmentCall {
   }
 
   void set_result(const char* name, const Tensor& t, int64_t rows) {
-    check_tokens(name, t);
-    check_size(name, t, 0, batch);
-    check_size(name, t, 1, rows);
-    check_size(name, t, 2, p.width);
+    check_tokens(name, t, dtype, batch, rows, p.width);
     for (int64_t s = 0; s < batch; ++s) samples[s].result = const_cast<char*>(sample_bytes(t, s)), samples[s].result_row = t.stride(1);
   }
 
@@ -333,19 +277,11 @@ int64_t merge_backward(OptionalTensor grad_x, OptionalTensor grad_size, Tensor g
   SegmentCall call(x, out, slot, order, offsets, mode);
   if (!call.sound) return kBadContents;
   call.set_sizes(size);
-  check_tokens("grad_out", grad_out);
-  check_dtype("grad_out", grad_out, x.scalar_type());
-  check_size("grad_out", grad_out, 0, call.batch);
-  check_size("grad_out", grad_out, 1, call.n_out);
-  check_size("grad_out", grad_out, 2, call.p.width);
-  if (grad_x) {
-    check_dtype("grad_x", *grad_x, x.scalar_type());
-    call.set_result("grad_x", *grad_x, call.tokens);
-  }
+  check_tokens("grad_out", grad_out, call.dtype, call.batch, call.n_out, call.p.width);
+  if (grad_x) call.set_result("grad_x", *grad_x, call.tokens);
   if (grad_size) {
     STD_TORCH_CHECK(size.has_value(), "grad_size needs a size");
-    check_per_token("grad_size", *grad_size, ScalarType::Float, call.batch, call.tokens);
-    STD_TORCH_CHECK(grad_size->is_contiguous() && grad_size->size(0) == call.batch, "grad_size must be contiguous [B, N]");
+    check_new("grad_size", *grad_size, ScalarType::Float, call.batch, call.tokens);
   }
   const int64_t row_bytes = call.p.width * bytes_of(call.p.storage);
   for (int64_t s = 0; s < call.batch; ++s) {
@@ -391,8 +327,8 @@ struct SoftCall {
     p = {storage_of("x", x), x.size(2), metric.size(2), meta.size(1), normalize, static_cast<float>(temperature)};
     STD_TORCH_CHECK(p.metas > 0 && p.metric_width > 0, "meta must have rows and columns");
     check_sums("out", out);
-    check_numbers("mass_out", mass_out, p.metas);
-    check_numbers("lse", lse, tokens);
+    check_new("mass_out", mass_out, ScalarType::Float, batch, p.metas);
+    check_new("lse", lse, ScalarType::Float, batch, tokens);
     if (mass) check_per_token("mass", *mass, ScalarType::Float, batch, tokens);
     // a part follows from the shapes alone
     parts = std::max<int64_t>(1, std::min((kEnoughParts + batch - 1) / std::max<int64_t>(batch, 1), tokens / kSmallestPart));
@@ -411,24 +347,10 @@ struct SoftCall {
   int64_t first_of(int64_t part) const { return tokens * part / parts; }
 
   void check_like(const char* name, const Tensor& t, const Tensor& x, int64_t rows, int64_t width) const {
-    check_tokens(name, t);
-    check_dtype(name, t, x.scalar_type());
-    check_size(name, t, 0, batch);
-    check_size(name, t, 1, rows);
-    check_size(name, t, 2, width);
+    check_tokens(name, t, x.scalar_type(), batch, rows, width);
   }
   // a row for each meta token, float32 whatever x is
-  void check_sums(const char* name, const Tensor& t) const {
-    check_tokens(name, t);
-    check_dtype(name, t, ScalarType::Float);
-    check_size(name, t, 0, batch);
-    check_size(name, t, 1, p.metas);
-    check_size(name, t, 2, p.width);
-  }
-  void check_numbers(const char* name, const Tensor& t, int64_t count) const {
-    check_per_token(name, t, ScalarType::Float, batch, count);
-    STD_TORCH_CHECK(t.is_contiguous() && t.size(0) == batch, name, " must be contiguous with a row for each sample");
-  }
+  void check_sums(const char* name, const Tensor& t) const { check_tokens(name, t, ScalarType::Float, batch, p.metas, p.width); }
   static float* numbers_of(const Tensor& t, int64_t s) { return const_cast<float*>(t.const_data_ptr<float>()) + s * t.size(1); }
 };
 
@@ -458,16 +380,16 @@ int64_t soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, Optiona
   const TokenMergeLoops& loops = loops_of<TokenMergeLoops>(isa);
   SoftCall call(x, metric, meta, temperature, mass, normalize, out, mass_out, lse);
   call.check_sums("grad_out", grad_out);
-  call.check_numbers("grad_mass_out", grad_mass_out, call.p.metas);
+  check_new("grad_mass_out", grad_mass_out, ScalarType::Float, call.batch, call.p.metas);
   if (grad_x) call.check_like("grad_x", *grad_x, x, call.tokens, call.p.width);
   if (grad_metric) call.check_like("grad_metric", *grad_metric, x, call.tokens, call.p.metric_width);
   if (grad_meta) call.check_like("grad_meta", *grad_meta, x, call.p.metas, call.p.metric_width);
-  if (grad_mass) call.check_numbers("grad_mass", *grad_mass, call.tokens);
+  if (grad_mass) check_new("grad_mass", *grad_mass, ScalarType::Float, call.batch, call.tokens);
   if (grad_temperature) {
     check_rank("grad_temperature", *grad_temperature, 1);
     check_dtype("grad_temperature", *grad_temperature, ScalarType::Float);
     check_size("grad_temperature", *grad_temperature, 0, call.batch);
-    STD_TORCH_CHECK(grad_temperature->is_contiguous(), "grad_temperature must be contiguous");
+    check_contiguous("grad_temperature", *grad_temperature);
   }
   for (int64_t s = 0; s < call.batch; ++s) {
     SoftSample& sample = call.samples[s];

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "../token_merge.h"
 #include "storage.h"
 
 namespace tokenops {
@@ -32,8 +33,6 @@ struct PairSample {
   float* best;     // by row id of a; only listed rows are written
   int32_t* index;  // a row id of b
 };
-
-enum class MergeMode { sum, mean, amax, keep };  // keep: the destination's own row
 
 // Token rows and the output rows that own them: a plan that was checked.
 struct Segments {

@@ -247,8 +247,6 @@ void gather(const TokenSelectLoops& loops, char* to, const char* from, const std
     in_stretches(rows, std::max<int64_t>(1, kShortestBytes / row_bytes), [&](int64_t a, int64_t b) { loops.gather(p, a, b); });
 }
 
-void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous"); }
-
 int64_t pack(Tensor tokens, Tensor cu_seqlens, Tensor x, OptionalTensor index, OptionalTensor count, std::string isa) {
   const TokenSelectLoops& loops = loops_of<TokenSelectLoops>(isa);
   const RowGrid grid("x", x, 3), packed("tokens", tokens, 2);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../sparse_attention_tensors.h"
 #include "launch.h"
 #include "sparse_attention.cuh"
 
@@ -26,13 +27,7 @@ int size_of(const char* name, int64_t size) {
 }
 
 Grid grid_of(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
-  check_rank(name, t, 4);
-  check_dtype(name, t, dtype);
-  check_size(name, t, 0, batch);
-  check_size(name, t, 1, heads);
-  check_size(name, t, 2, rows);
-  check_size(name, t, 3, width);
-  check_dense_rows(name, t);
+  check_grid(name, t, dtype, batch, heads, rows, width);
   const int64_t apart = broadcast_stride(t, 2);
   STD_TORCH_CHECK(apart <= INT32_MAX / static_cast<int64_t>(t.element_size()), name, " has rows of one head more than 2 GiB apart");
   return {const_cast<void*>(t.const_data_ptr()), broadcast_stride(t, 0), broadcast_stride(t, 1), apart};
@@ -47,20 +42,13 @@ bool is_aligned(const Tensor& t) {
 
 Lists lists_of(const char* name, const OptionalTensor& index, int64_t batch, int64_t heads) {
   if (!index) return {};
-  check_rank(name, *index, 3);
-  check_dtype(name, *index, ScalarType::Int);
-  check_broadcast(name, *index, 0, batch);
-  check_broadcast(name, *index, 1, heads);
+  check_index(name, *index, batch, heads);
   return {index->const_data_ptr<int32_t>(), broadcast_stride(*index, 0), broadcast_stride(*index, 1), index->stride(2)};
 }
 
 float* statistic_of(const char* name, const Tensor& t, const AttentionProblem& p, int64_t batch) {
-  check_rank(name, t, 3);
-  check_dtype(name, t, ScalarType::Float);
-  check_size(name, t, 0, batch);
-  check_size(name, t, 1, p.heads);
-  check_size(name, t, 2, p.query_slots);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_statistic(name, t, batch, p.heads, p.query_slots);
+  check_contiguous(name, t);
   return const_cast<float*>(t.const_data_ptr<float>());
 }
 
@@ -74,9 +62,8 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
   check_rank("value", value, 4);
   const int64_t batch = query.size(0), heads = query.size(1), kv_heads = key.size(1);
   const ScalarType dtype = query.scalar_type();
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of key heads");
-  for (int64_t width : {query.size(3), value.size(3)})
-    STD_TORCH_CHECK(width > 0 && width % 8 == 0 && width <= 128, "head widths must be multiples of 8 up to 128, got ", width);
+  check_heads(heads, kv_heads);
+  check_widths({query.size(3), value.size(3)}, 128);
   p.rows = size_of("query", query.size(2));
   p.keys = size_of("key", key.size(2));
   p.heads = static_cast<int>(heads);
@@ -94,22 +81,14 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
   p.scale = static_cast<float>(scale) * kLog2e;
   p.causal = causal;
   if (kv_bias) {
-    check_rank("kv_bias", *kv_bias, 3);
-    check_dtype("kv_bias", *kv_bias, ScalarType::Float);
-    check_broadcast("kv_bias", *kv_bias, 0, batch);
-    check_broadcast("kv_bias", *kv_bias, 1, kv_heads);
-    check_size("kv_bias", *kv_bias, 2, p.keys);
+    check_bias(*kv_bias, batch, kv_heads, p.keys);
     p.bias = kv_bias->const_data_ptr<float>();
     p.bias_batch = broadcast_stride(*kv_bias, 0);
     p.bias_head = broadcast_stride(*kv_bias, 1);
     p.bias_row = kv_bias->stride(2);
   }
   if (attn_mask) {
-    check_rank("attn_mask", *attn_mask, 4);
-    check_broadcast("attn_mask", *attn_mask, 0, batch);
-    check_broadcast("attn_mask", *attn_mask, 1, heads);
-    check_broadcast("attn_mask", *attn_mask, 2, p.rows);
-    check_broadcast("attn_mask", *attn_mask, 3, p.keys);
+    check_mask(*attn_mask, batch, heads, p.rows, p.keys);
     p.mask = attn_mask->scalar_type() == ScalarType::Bool ? Kind::boolean : kind_of("attn_mask", *attn_mask);
     p.mask_data = attn_mask->const_data_ptr();
     p.mask_batch = broadcast_stride(*attn_mask, 0);
@@ -117,18 +96,13 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
     p.mask_row = broadcast_stride(*attn_mask, 2);
     p.mask_column = broadcast_stride(*attn_mask, 3);
   }
-  STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "rel_h and rel_w must be given together");
+  check_rel_pos(rel_h, rel_w, batch, heads, p.rows, p.keys, cu_seqlens_q.has_value());
   if (rel_h) {
-    check_rank("rel_h", *rel_h, 4);
-    check_rank("rel_w", *rel_w, 4);
     p.rel = kind_of("rel_h", *rel_h);
-    p.rel_height = size_of("rel_h", rel_h->size(3));
-    p.rel_width = size_of("rel_w", rel_w->size(3));
+    p.rel_height = static_cast<int>(rel_h->size(3));
+    p.rel_width = static_cast<int>(rel_w->size(3));
     p.rel_h = grid_of("rel_h", *rel_h, rel_h->scalar_type(), batch, heads, p.rows, p.rel_height);
     p.rel_w = grid_of("rel_w", *rel_w, rel_h->scalar_type(), batch, heads, p.rows, p.rel_width);
-    const int64_t cells = rel_h->size(3) * rel_w->size(3);
-    STD_TORCH_CHECK(cu_seqlens_q ? cells < INT32_MAX : cells == p.keys, "rel_pos must be for a grid of ", p.keys, " key rows, got ",
-                    p.rel_height, " x ", p.rel_width);
   }
   STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k must be given together");
   if (cu_seqlens_q) {

@@ -45,7 +45,7 @@ void tile_product_of(Tensor product, Tensor a, Tensor b) {
     check_rank(name, *t, 2);
     check_size(name, *t, 0, rows);
     check_size(name, *t, 1, columns);
-    STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
+    check_contiguous(name, *t);
   }
   check_dtype("product", product, ScalarType::Float);
   check_dtype("b", b, a.scalar_type());

@@ -22,7 +22,7 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
   check_new("best", best, ScalarType::Float, batch, rows);
   check_new("index", index, ScalarType::Int, batch, rows);
   check_dtype("scratch", scratch, ScalarType::Int);
-  STD_TORCH_CHECK(width > 0 && width % 8 == 0, "the width of what is compared must be a multiple of 8, got ", width);
+  check_compared_width(width);
   STD_TORCH_CHECK(splits > 0, "splits must be positive, got ", splits);
   STD_TORCH_CHECK(lists.has_value() == listed.has_value(), "lists and how many they list must be given together");
   with_float("a", a, [&](auto number) {
@@ -37,8 +37,6 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
     p.normalize = normalize;
     // whatever float16 holds, its products and squares are float32 numbers
     p.usual = normalize && !std::is_same_v<T, f16> ? kUsual : 0;
-    // two places are less than this apart, and so far beyond nothing overflows
-    const auto held = [](int64_t bound) { return std::clamp<int64_t>(bound, -(int64_t{1} << 33), int64_t{1} << 33); };
     const int64_t bounds[][2] = {{held(t_low), held(t_high)}, {-held(reach_y), held(reach_y)}, {-held(reach_x), held(reach_x)}};
     for (int axis = 0; axis < kPlaces; ++axis) p.low[axis] = bounds[axis][0], p.high[axis] = bounds[axis][1];
     p.splits = static_cast<int>(splits), p.first_id = static_cast<int>(first_id), p.id_step = static_cast<int>(id_step);
@@ -55,6 +53,11 @@ void argmax(Tensor best, Tensor index, Tensor scratch, Tensor a, Tensor b, Optio
   });
 }
 
+// How many blocks share the tiles of one: two on each processor, but two tiles for each at least.
+int64_t splits(Tensor on, int64_t blocks, int64_t tiles) {
+  return std::max<int64_t>(1, std::min(2 * processors(on) / std::max<int64_t>(blocks, 1), tiles / 2));
+}
+
 void list(Tensor lists, Tensor listed, Tensor role) {
   const int64_t batch = lists.size(1), tokens = lists.size(2);
   check_lists(lists, batch, tokens);
@@ -67,14 +70,8 @@ void list(Tensor lists, Tensor listed, Tensor role) {
 
 PlanArguments new_plan(const Tensor& slot, const Tensor& count, const Tensor& order, const Tensor& offsets, const Tensor& scratch) {
   const int64_t batch = slot.size(0), tokens = slot.size(1), n_out = offsets.size(1) - 1;
-  check_new("slot", slot, ScalarType::Int, batch, tokens);
-  check_new("order", order, ScalarType::Int, batch, tokens);
-  check_new("offsets", offsets, ScalarType::Int, batch, n_out + 1);
-  check_rank("count", count, 1);
-  check_dtype("count", count, ScalarType::Int);
-  check_size("count", count, 0, batch);
+  check_new_plan(slot, count, order, offsets, batch, tokens);
   check_new("scratch", scratch, ScalarType::Int, batch, kPlanScratch * tokens);
-  STD_TORCH_CHECK(n_out >= 0 && n_out < INT32_MAX / 2 && count.is_contiguous(), "offsets must have n_out + 1 columns, count must be dense");
   PlanArguments p{};
   p.slot = slot.mutable_data_ptr<int32_t>(), p.count = count.mutable_data_ptr<int32_t>();
   p.order = order.mutable_data_ptr<int32_t>(), p.offsets = offsets.mutable_data_ptr<int32_t>();
@@ -115,14 +112,6 @@ void make_plan(Tensor slot, Tensor count, Tensor order, Tensor offsets, Tensor s
   launch_plan(slot, p);
 }
 
-MergeMode mode_of(const std::string& mode) {
-  if (mode == "sum" || mode == "copy") return MergeMode::sum;
-  if (mode == "mean") return MergeMode::mean;
-  if (mode == "amax") return MergeMode::amax;
-  STD_TORCH_CHECK(mode == "replace" || mode == "drop", "unknown mode ", mode);
-  return MergeMode::keep;
-}
-
 // A plan that was given, and grids whose rows go along it: tokens [B, N, W], and merged ones [B, n_out, W].
 struct SegmentCall {
   const Tensor &slot, &order, &offsets;
@@ -137,21 +126,13 @@ struct SegmentCall {
         tokens(slot.size(1)),
         n_out(offsets.size(1) - 1),
         width(any.size(2)) {
-    check_per_token("slot", slot, ScalarType::Int, batch, tokens);
-    check_per_token("order", order, ScalarType::Int, batch, tokens);
-    check_per_token("offsets", offsets, ScalarType::Int, batch, n_out + 1);
-    for (const Tensor* t : {&slot, &order, &offsets})
-      STD_TORCH_CHECK(t->is_contiguous() && t->size(0) == slot.size(0), "slot, order and offsets must be contiguous and of one batch size");
+    check_plan(slot, order, offsets, batch, tokens, n_out);
     STD_TORCH_CHECK(n_out >= 0 && n_out < INT32_MAX - 1024, "offsets must have n_out + 1 columns, fewer than 2^31 - 1024");
   }
 
   template <class T>
   Rows<T> rows(const char* name, const Tensor& t, const Tensor& like, int64_t count) {
-    check_tokens(name, t);
-    check_dtype(name, t, like.scalar_type());
-    check_size(name, t, 0, batch);
-    check_size(name, t, 1, count);
-    check_size(name, t, 2, width);
+    check_tokens(name, t, like.scalar_type(), batch, count, width);
     aligned &= is_wide(t);
     return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1)};
   }
@@ -229,6 +210,7 @@ void unmerge(Tensor out, Tensor y, Tensor slot, Tensor order, Tensor offsets, st
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
+  m.impl("token_merge_cuda_splits", TORCH_BOX(&splits));
   m.impl("token_merge_cuda_argmax", TORCH_BOX(&argmax));
   m.impl("token_merge_cuda_list", TORCH_BOX(&list));
   m.impl("token_merge_cuda_match", TORCH_BOX(&match));

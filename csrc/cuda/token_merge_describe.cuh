@@ -2,13 +2,13 @@
 // would overflow or vanish.
 #pragma once
 
+#include "../token_merge.h"
 #include "token_merge_tiles.cuh"
 
 namespace tokenops {
 namespace {
 
 constexpr int kDescribeThreads = kRowsA;  // a slot each, for what is one number a slot
-constexpr int kPlaces = 3;                // t, y, x
 constexpr int kRowLanes = 8;              // that read one row together, to find its length
 constexpr int kLowestInt = INT32_MIN, kHighestInt = INT32_MAX;
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "../token_merge.h"
 #include "device.cuh"
 
 namespace tokenops {
@@ -17,9 +18,6 @@ constexpr int kDigits = 256, kDigitBits = 8;
 constexpr int kPlanThreads = 256;  // at least: one a digit
 constexpr int kPlanScratch = 6;    // words a token
 constexpr uint32_t kNobody = 0xffffffffu;
-
-// bits of a role, as in tokenops/types.py
-constexpr int kSource = 1, kDestination = 2, kDropped = 4;
 
 struct PlanArguments {
   // a plan that is given, or null: output rows, or parents

@@ -4,12 +4,11 @@
 // out of range is nobody.
 #pragma once
 
+#include "../token_merge.h"
 #include "device.cuh"
 
 namespace tokenops {
 namespace {
-
-enum class MergeMode { sum, mean, amax, keep };  // keep: the destination's own row
 
 constexpr int kSegmentThreads = 128;
 

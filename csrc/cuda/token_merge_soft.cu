@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "launch.h"
-#include "token_merge_soft.cuh"
+#include "token_merge_soft_sums.cuh"
 #include "token_merge_tensors.h"
 
 namespace tokenops {
@@ -14,11 +14,7 @@ constexpr int kUsualOf = std::is_same_v<T, f16> ? 8 : kUsual;
 
 template <class T>
 PlainRows<T> rows_of(const char* name, const Tensor& t, const Tensor& x, int64_t rows) {
-  check_tokens(name, t);
-  check_dtype(name, t, x.scalar_type());
-  check_size(name, t, 0, x.size(0));
-  check_size(name, t, 1, rows);
-  check_size(name, t, 2, x.size(2));
+  check_tokens(name, t, x.scalar_type(), x.size(0), rows, x.size(2));
   return {
       static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), static_cast<int>(rows), static_cast<int>(x.size(2)), is_wide(t)};
 }
@@ -28,7 +24,7 @@ void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_
   check_dtype(name, t, ScalarType::Float);
   int64_t dim = 0;
   for (const int64_t size : sizes) check_size(name, t, dim++, size);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_contiguous(name, t);
 }
 
 struct SoftCall {
@@ -44,13 +40,8 @@ struct SoftCall {
         metas(meta.size(1)),
         channels(x.size(2)),
         width(metric.size(2)) {
-    for (const auto& [name, t, rows] : {std::tuple("metric", &metric, tokens), std::tuple("meta", &meta, metas)}) {
-      check_tokens(name, *t);
-      check_dtype(name, *t, x.scalar_type());
-      check_size(name, *t, 0, batch);
-      check_size(name, *t, 1, rows);
-      check_size(name, *t, 2, width);
-    }
+    check_tokens("metric", metric, x.scalar_type(), batch, tokens, width);
+    check_tokens("meta", meta, x.scalar_type(), batch, metas, width);
     STD_TORCH_CHECK(metas > 0 && channels > 0 && width > 0 && width % 8 == 0,
                     "there must be meta tokens and columns, of what is compared a "
                     "multiple of 8");
@@ -146,7 +137,7 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
       check_rank(name, **t, 3);
       check_dtype(name, **t, x.scalar_type());
       for (int64_t dim = 0; dim < 3; ++dim) check_size(name, **t, dim, like->size(dim));
-      STD_TORCH_CHECK((*t)->is_contiguous(), name, " must be contiguous");
+      check_contiguous(name, **t);
     }
   with_float("x", x, [&](auto number) {
     using T = decltype(number);

@@ -1,37 +1,12 @@
-// What both files of this room do with tensors: the checks that guard memory, workspaces, the two grids of a search.
+// What both files of this room do with tensors: workspaces, the two grids of a search.
 #pragma once
 
-#include <algorithm>
-
+#include "../token_merge_tensors.h"
 #include "launch.h"
 #include "token_merge_describe.cuh"
 
 namespace tokenops {
 namespace {
-
-inline void check_tokens(const char* name, const Tensor& t) {
-  check_rank(name, t, 3);
-  check_dense_rows(name, t);
-  // ids of rows, and of what fills up the last block
-  STD_TORCH_CHECK(t.size(1) < INT32_MAX - 1024, name, " must have fewer than 2^31 - 1024 rows");
-}
-
-// [1|B, N] of one number a token
-inline void check_per_token(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t tokens) {
-  check_rank(name, t, 2);
-  check_dtype(name, t, dtype);
-  check_broadcast(name, t, 0, batch);
-  check_size(name, t, 1, tokens);
-}
-
-// the same for tensors that were made for this call
-inline void check_new(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t columns) {
-  check_rank(name, t, 2);
-  check_dtype(name, t, dtype);
-  check_size(name, t, 0, batch);
-  check_size(name, t, 1, columns);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-}
 
 // [2, B, N] ids
 inline void check_lists(const Tensor& lists, int64_t batch, int64_t tokens) {
@@ -40,7 +15,7 @@ inline void check_lists(const Tensor& lists, int64_t batch, int64_t tokens) {
   check_size("lists", lists, 0, 2);
   check_size("lists", lists, 1, batch);
   check_size("lists", lists, 2, tokens);
-  STD_TORCH_CHECK(lists.is_contiguous(), "lists must be contiguous");
+  check_contiguous("lists", lists);
 }
 
 // Whether every row begins where 16 bytes can be read at once, and ends with such a piece.
@@ -56,7 +31,7 @@ struct Words {
   int64_t left;
 
   explicit Words(const Tensor& scratch) : next(scratch.mutable_data_ptr<int32_t>()), left(scratch.numel()) {
-    STD_TORCH_CHECK(scratch.is_contiguous(), "scratch must be contiguous");
+    check_contiguous("scratch", scratch);
   }
   template <class T>
   T* take(int64_t count) {
@@ -91,13 +66,8 @@ PairSide<T> side_of(const char* name, const Tensor& x, const OptionalTensor& mas
     check_per_token("a scale", *scale, ScalarType::Float, batch, rows);
     side.scale = scale->const_data_ptr<float>(), side.scale_sample = broadcast_stride(*scale, 0), side.scale_row = scale->stride(1);
   }
-  STD_TORCH_CHECK(place.has_value() == windowed, "places and a window must be given together");
+  check_place(place, windowed, batch, rows);
   if (place) {
-    check_rank("a place", *place, 3);
-    check_dtype("a place", *place, ScalarType::Int);
-    check_broadcast("a place", *place, 0, batch);
-    check_size("a place", *place, 1, rows);
-    check_size("a place", *place, 2, kPlaces);
     side.place = place->const_data_ptr<int32_t>(), side.place_sample = broadcast_stride(*place, 0);
     side.place_row = place->stride(1), side.place_axis = place->stride(2);
   }

@@ -261,8 +261,6 @@ RowLists row_lists(const OptionalTensor& index, int64_t lists, int64_t rows) {
           static_cast<int>(rows)};
 }
 
-void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous"); }
-
 int64_t check_bounds(const Tensor& cu_seqlens) {
   check_rank("cu_seqlens", cu_seqlens, 1);
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Int);

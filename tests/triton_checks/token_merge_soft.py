@@ -85,6 +85,17 @@ for _sizes_ in ((1, 1, 8, 8), (40, 40, 8, 8), (130, 40, 136, 72), (33, 17, 7, 20
         )
 
 
+# means differ little for their size, and gradients are what is left of them; float32 is too coarse for what is left of rows this far away
+for _name_, _dtype_ in DTYPES.items():
+    CHECKS[f"soft merging of a lone token, {_name_}"] = lambda dtype=_dtype_: _is_the_definition(_problem(tokens=1, metas=24, dtype=dtype))
+    if _dtype_ != torch.float32:
+        CHECKS[f"soft merging far from zero, {_name_}"] = lambda dtype=_dtype_: _is_the_definition(_far(_problem(dtype=dtype)))
+
+
+def _far(problem: SoftMergeProblem) -> SoftMergeProblem:
+    return problem._replace(x=problem.x + 1000.0)
+
+
 @CHECKS.add
 def soft_merging_reads_rows_in_place() -> None:
     plain = _problem(mass=masses(2, 70))

@@ -13,6 +13,8 @@ _library = torch.library.Library("tokenops", "FRAGMENT")
 _PLAN = "Tensor(a!) slot, Tensor(b!) count, Tensor(c!) order, Tensor(d!) offsets, Tensor(e!) scratch"
 _SOFT = "Tensor x, Tensor metric, Tensor meta, float temperature, Tensor? learned, Tensor? mass, bool normalize"
 for _schema in (
+    # how many blocks share the tiles of each of so many, on the tensor's device
+    "splits(Tensor on, int blocks, int tiles) -> int",
     (
         "argmax(Tensor(a!) best, Tensor(b!) index, Tensor(c!) scratch, Tensor a, Tensor b, Tensor? a_mask, Tensor? b_mask, "
         "Tensor? a_scale, Tensor? b_scale, Tensor? a_place, Tensor? b_place, int t_low, int t_high, int reach_y, int reach_x, "
@@ -180,7 +182,7 @@ def search(
     (batch, rows, _), columns = p.a.shape, p.b.shape[1]
     blocks_a, blocks_b = -(-rows // ROWS_A), -(-columns // ROWS_B)
     if splits is None:
-        splits = _splits(p.a.device, batch * blocks_a, blocks_b)
+        splits = _cuda.token_merge_cuda_splits(p.a, batch * blocks_a, blocks_b)
     scratch = _description_scratch(p.a, p.b, 2 * splits * rows if splits > 1 else 0)
     tensors = p[:8]
     window = p.window or _NO_WINDOW
@@ -203,20 +205,10 @@ def _parts(x: Tensor, metas: int, columns: int) -> tuple[Tensor, Tensor]:
     batch, tokens, _ = x.shape
     # two chunks of 128 bytes a block
     blocks = batch * -(-metas // ROWS_B) * -(-columns * x.element_size() // 256)
-    splits = _splits(x.device, blocks, -(-tokens // ROWS_A))
+    splits = _cuda.token_merge_cuda_splits(x, blocks, -(-tokens // ROWS_A))
     parts = torch.empty((splits, batch, metas, columns), dtype=torch.float32, device=x.device)
     return parts, parts.new_empty((2, *parts.shape[:3]))
 
 
-def _splits(device: torch.device, blocks: int, tiles: int) -> int:
-    """How many blocks share the tiles of one: two on each processor, but two tiles for each at least."""
-    return max(1, min(2 * _processors(device) // max(blocks, 1), tiles // 2))
-
-
 def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
-
-
-def _processors(device: torch.device) -> int:
-    # the emulator has none: as many as let a test share out a block
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

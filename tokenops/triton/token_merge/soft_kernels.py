@@ -51,11 +51,11 @@ def _products(
     width,
     WHOLE: tl.constexpr,  # rows fit into one step
     PRECISION: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Of every row of a with every row of b."""
+    BLOCK_A: tl.constexpr = a_exists.shape[0]
+    BLOCK_B: tl.constexpr = b_exists.shape[0]
     products = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     if WHOLE:
         # not a loop, so that the loop around it is the innermost one, whose loads are copied ahead
@@ -104,6 +104,12 @@ def _masses(mass, b, rows, exists, strides):
         return exists.to(tl.float32)
     else:
         return tl.load(mass + b * strides[0] + rows.to(tl.int64) * strides[1], mask=exists, other=0.0)
+
+
+@triton.jit
+def _similarity(products, of_tokens, of_metas):
+    """Rounded alike in all kernels: at low temperatures the last bit of a score decides over a weight."""
+    return products * of_tokens[:, None] * of_metas[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -185,24 +191,12 @@ def token_softmax(
     total = tl.zeros([BLOCK_N], tl.float32)
     for m_first in range(0, M, BLOCK_M):
         m = m_first + tl.arange(0, BLOCK_M)
+        here = m < M
         products = _products(
-            metric,
-            n_first,
-            exists,
-            metric_strides[1],
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_F,
+            metric, n_first, exists, metric_strides[1], meta, m_first, here, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
-        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
-        scores = tl.where((m < M)[None, :], scores, float("-inf"))
+        scores = _similarity(products, inverse, _factors(meta_inverse, m, here)) * cool
+        scores = tl.where(here[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
         total = total * tl.exp2(highest - above) + tl.sum(tl.exp2(scores - above[:, None]), 1)
         highest = above
@@ -247,6 +241,7 @@ def collect(
     b = (block // blocks).to(tl.int64)
     m_first = (block % blocks) * BLOCK_M
     m = m_first + tl.arange(0, BLOCK_M)
+    exists = m < M
     x += b * x_strides[0]
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
@@ -255,41 +250,32 @@ def collect(
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
-    inverse = _factors(meta_inverse, m, m < M)
+    inverse = _factors(meta_inverse, m, exists)
     cool = _coolness(temperature, learned_temperature) * LOG2E
     mass = tl.zeros([BLOCK_M], tl.float32)
+    rounded = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for n_first in range(0, N, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
-        exists = n < N
-        # as ``token_softmax`` multiplies them, tokens first: at low temperatures the last bit of a score decides over a weight
+        here = n < N
+        # tokens first, as ``token_softmax`` multiplies them
         products = _products(
-            metric,
-            n_first,
-            exists,
-            metric_strides[1],
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_F,
+            metric, n_first, here, metric_strides[1], meta, m_first, exists, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
-        scores = products * _factors(metric_inverse, n, exists)[:, None] * inverse[None, :] * cool
-        w = tl.exp2(scores - _vector(origin, n, exists)[:, None]) * _vector(weight, n, exists)[:, None]
-        w = tl.where((m < M)[None, :], w, 0.0)
+        scores = _similarity(products, _factors(metric_inverse, n, here), inverse) * cool
+        w = tl.exp2(scores - _vector(origin, n, here)[:, None]) * _vector(weight, n, here)[:, None]
+        w = tl.where(exists[None, :], w, 0.0)
+        rows = _tile(x, n_first, here, x_strides[1], channel, C, BLOCK_N)
+        narrow = w.to(rows.dtype)
         mass += tl.sum(w, 0)
-        rows = _tile(x, n_first, exists, x_strides[1], channel, C, BLOCK_N)
-        total = tl.dot(tl.trans(w.to(rows.dtype)), rows, total, input_precision=PRECISION)
-    empty = mass == 0.0
-    total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, mass)[:, None])
-    _store_tile(out + b * M * C, m_first, m < M, C, channel, total, C, BLOCK_M)
+        rounded += tl.sum(narrow.to(tl.float32), 0)
+        total = tl.dot(tl.trans(narrow), rows, total, input_precision=PRECISION)
+    # by the sum of the rounded weights: else means are off by its rounding, and gradients are differences of means
+    empty = rounded == 0.0
+    total = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, rounded)[:, None])
+    _store_tile(out + b * M * C, m_first, exists, C, channel, total, C, BLOCK_M)
     if tl.program_id(0) % parts == 0:
-        tl.store(mass_out + b * M + m, mass, mask=m < M)
+        tl.store(mass_out + b * M + m, mass, mask=exists)
 
 
 @triton.jit(do_not_specialize=["M", "blocks"])
@@ -382,28 +368,14 @@ def token_terms(
     along = tl.zeros([BLOCK_N], tl.float32)
     for m_first in range(0, M, BLOCK_M):
         m = m_first + tl.arange(0, BLOCK_M)
+        here = m < M
         products = _products(
-            metric,
-            n_first,
-            exists,
-            metric_strides[1],
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_F,
+            metric, n_first, exists, metric_strides[1], meta, m_first, here, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
-        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
-        p = tl.where((m < M)[None, :], tl.exp2(scores - base[:, None]), 0.0)
-        grad = _products(
-            x, n_first, exists, x_strides[1], grad_out, m_first, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C
-        )
-        grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
+        scores = _similarity(products, inverse, _factors(meta_inverse, m, here)) * cool
+        p = tl.where(here[None, :], tl.exp2(scores - base[:, None]), 0.0)
+        grad = _products(x, n_first, exists, x_strides[1], grad_out, m_first, here, grad_out_strides[1], C, False, PRECISION, BLOCK_C)
+        grad = grad * _vector(inverse_mass, m, here)[None, :] + _vector(shift, m, here)[None, :]
         total += tl.sum(p, 1)
         along += tl.sum(p * grad, 1)
     # a token's weights sum to one only up to rounding: what is taken off must match them, or it does not cancel
@@ -464,27 +436,15 @@ def backward_x(
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for m_first in range(0, M, BLOCK_M):
         m = m_first + tl.arange(0, BLOCK_M)
+        here = m < M
         products = _products(
-            metric,
-            n_first,
-            exists,
-            metric_strides[1],
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_F,
+            metric, n_first, exists, metric_strides[1], meta, m_first, here, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
-        scores = products * inverse[:, None] * _factors(meta_inverse, m, m < M)[None, :] * cool
+        scores = _similarity(products, inverse, _factors(meta_inverse, m, here)) * cool
         # a share of the meta token's mass: at most 1, whatever the masses are
-        w = tl.exp2(scores - base[:, None]) * own[:, None] * _vector(inverse_mass, m, m < M)[None, :]
-        w = tl.where((m < M)[None, :], w, 0.0)
-        rows = _tile(grad_out, m_first, m < M, grad_out_strides[1], channel, C, BLOCK_M)
+        w = tl.exp2(scores - base[:, None]) * own[:, None] * _vector(inverse_mass, m, here)[None, :]
+        w = tl.where(here[None, :], w, 0.0)
+        rows = _tile(grad_out, m_first, here, grad_out_strides[1], channel, C, BLOCK_M)
         total = tl.dot(w.to(rows.dtype), rows, total, input_precision=PRECISION)
     _store_tile(grad_x + b * N * C, n_first, exists, C, channel, total, C, BLOCK_N)
 
@@ -551,37 +511,23 @@ def backward_metric(
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for m_first in range(0, M, BLOCK_M):
         m = m_first + tl.arange(0, BLOCK_M)
+        here = m < M
         products = _products(
-            metric,
-            n_first,
-            exists,
-            metric_strides[1],
-            meta,
-            m_first,
-            m < M,
-            meta_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_F,
+            metric, n_first, exists, metric_strides[1], meta, m_first, here, meta_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
-        of_meta = _factors(meta_inverse, m, m < M)
-        similar = products * inverse[:, None] * of_meta[None, :]
+        of_meta = _factors(meta_inverse, m, here)
+        similar = _similarity(products, inverse, of_meta)
         below = similar * (cool * LOG2E) - base[:, None]
         w = tl.exp2(below) * own[:, None]
-        grad = _products(
-            x, n_first, exists, x_strides[1], grad_out, m_first, m < M, grad_out_strides[1], C, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_C
-        )
-        grad = grad * _vector(inverse_mass, m, m < M)[None, :] + _vector(shift, m, m < M)[None, :]
-        grad = tl.where((m < M)[None, :], w * (grad - taken[:, None]), 0.0)
+        grad = _products(x, n_first, exists, x_strides[1], grad_out, m_first, here, grad_out_strides[1], C, False, PRECISION, BLOCK_C)
+        grad = grad * _vector(inverse_mass, m, here)[None, :] + _vector(shift, m, here)[None, :]
+        grad = tl.where(here[None, :], w * (grad - taken[:, None]), 0.0)
         along += tl.sum(grad * similar, 1)
         if grad_temperature is not None:
             # a token's gradients sum to zero, so its scores may count from anywhere: from here they are small where weights are large
             warmth += tl.sum(grad * below, 1)
         if grad_metric is not None:
-            rows = _tile(meta, m_first, m < M, meta_strides[1], column, F, BLOCK_M)
+            rows = _tile(meta, m_first, here, meta_strides[1], column, F, BLOCK_M)
             total = tl.dot((grad * of_meta[None, :]).to(rows.dtype), rows, total, input_precision=PRECISION)
     if grad_metric is not None:
         if powers is not None:
@@ -656,27 +602,12 @@ def backward_meta(
         n = n_first + tl.arange(0, BLOCK_N)
         here = n < N
         products = _products(
-            meta,
-            m_first,
-            exists,
-            meta_strides[1],
-            metric,
-            n_first,
-            here,
-            metric_strides[1],
-            F,
-            WHOLE_F,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_F,
+            meta, m_first, exists, meta_strides[1], metric, n_first, here, metric_strides[1], F, WHOLE_F, PRECISION, BLOCK_F
         )
         of_metric = _factors(metric_inverse, n, here)
         similar = products * of_metric[None, :] * inverse[:, None]
         w = tl.exp2(similar * (cool * LOG2E) - _vector(origin, n, here)[None, :]) * _vector(weight, n, here)[None, :]
-        grad = _products(
-            grad_out, m_first, exists, grad_out_strides[1], x, n_first, here, x_strides[1], C, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_C
-        )
+        grad = _products(grad_out, m_first, exists, grad_out_strides[1], x, n_first, here, x_strides[1], C, False, PRECISION, BLOCK_C)
         grad = w * (grad * by[:, None] + (added[:, None] - _vector(share, n, here)[None, :]))
         along += tl.sum(grad * similar, 1)
         rows = _tile(metric, n_first, here, metric_strides[1], column, F, BLOCK_N)
