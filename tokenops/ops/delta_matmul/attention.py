@@ -86,7 +86,7 @@ def delta_attention(
         refresh: exact: each row is computed afresh at least every so many frames; 0: never for that reason.
         crossover: exact: a sample of which more than this part of the cells changed is computed afresh.
         cast: paper: the dtype in which attention matrix and values are stored and multiplied. Default: that of value.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Returns:
         out, and the state for the next frame. Sums and statistics of the state are float32 (float64 with float64 tokens).

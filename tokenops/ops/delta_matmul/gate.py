@@ -77,7 +77,7 @@ def delta_gate(
         norm: (weight, bias) of a layer normalisation of what is compared, float32 or of x's dtype.
         norm_eps: its epsilon.
         whole: the new reference is the whole frame: plain frame differences, with nothing adding up.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Differentiable once in x, skip, reference and norm, through values, delta, reference and total; the choice is constant. To cut the
     gradient between frames, pass ``reference.detach()``. Autocast changes nothing here.

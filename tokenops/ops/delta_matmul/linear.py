@@ -58,7 +58,7 @@ def gathered_linear(
         activation: None, "gelu", "gelu_tanh", "relu" or "silu".
         norm: (weight, bias) of a layer normalisation of the rows before the layer, float32 or of x's dtype.
         norm_eps: its epsilon.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Differentiable once in x, weight, bias and norm; the backward pass computes the layer anew and, on the CPU, leaves its matrix products
     to torch. Under autocast x, weight and bias are cast. Where the processor multiplies half types itself, as every GPU does, normalised

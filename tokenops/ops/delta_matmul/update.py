@@ -41,7 +41,7 @@ def update_tokens(
         rows: of the buffer's dtype. What stands in empty slots is not read.
         index: [B, K] per sample or [K] for all, int32 (int64 accepted), TokenIndex or DeltaGate. -1 marks an empty slot, anywhere in the
             list. Ids in one list differ.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Differentiable once in buffer and rows. Autocast changes nothing here.
 

@@ -52,7 +52,7 @@ def delta_window_attention(
         rel_pos: (rel_h [B, H, N, wh], rel_w [B, H, N, ww]), float32 or query's dtype, broadcast as in ``sparse_attention``: adds
             rel_h[n, y] + rel_w[n, x] to the logit of the key in row y and column x of n's window.
         scale: of the logits, default D ** -0.5.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Returns:
         out, and the state for the next frame. The state holds the result itself: whoever wants to write into out clones it first.

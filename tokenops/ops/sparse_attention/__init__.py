@@ -65,7 +65,7 @@ def sparse_attention(
             softmax denominator, row_sq the sum of squared probabilities (before dropout). Neither is differentiable.
         out: a grid [B, Hq, N, Dv] to write the computed rows into, at their row; other rows keep their values. Returned. Only where no
             gradient is needed.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     A query row that sees no key gives out 0, lse -inf and zero gradients. NaN in a visible row propagates. Half types accumulate in
     float32. Differentiable once in query, key, value, kv_bias, rel_pos and a floating attn_mask. Results depend neither on the run nor on

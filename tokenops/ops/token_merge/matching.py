@@ -50,7 +50,7 @@ def pairwise_argmax(
         a_place, b_place: [Na, 3] or [B, Na, 3], [Nb, 3] or [B, Nb, 3], int32 (int64 accepted): (t, y, x) of each row, at most 2^29 from 0.
         window: which rows of b may be chosen by place, given with a_place and b_place: "frame" (same t), "location" (same y and x),
             (reach_y, reach_x) in any frame, (reach_t, reach_y, reach_x), or a ``Window``, whose bounds on t(b) - t(a) may differ.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Returns:
         best [B, Na] float32 (float64 with float64 rows), index [B, Na] int32. A row that is masked out or may choose nobody has best -inf,

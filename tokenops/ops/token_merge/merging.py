@@ -34,7 +34,7 @@ def merge_tokens(
             ``unmerge_tokens`` then does for the others.
         return_size: also return the size of each output row, shaped like size: the sum over its members, or how many they are without size.
             The same as ``merge_tokens(size, plan, mode="sum")`` by a second call.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     A row without members is 0, so is a mean over sizes
     that sum to 0. Members add up in float32 (float64 for float64), the destination first and then ascending: results depend neither on the

@@ -70,7 +70,7 @@ def halt_tokens(
             start; a later step goes by the shape of state.out, and by ``output`` only in a packed call with T = B, where that says nothing.
         cu_seqlens: [B + 1] int32 (int64 accepted): sample b owns rows cu_seqlens[b] : cu_seqlens[b + 1] of x. Rows behind the last keep
             their state and become inactive. A sample without rows has no class token: its out stays.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Returns:
         The new HaltState; its vectors and out are float32 (float64 with float64 x).

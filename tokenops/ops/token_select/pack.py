@@ -45,7 +45,7 @@ def pack_tokens(
             the last sample are 0.
         packed: x is packed itself, [T0, ...], and index [B, K] holds ids of its rows (``index_from_mask`` with cu_seqlens makes them): what
             it takes to drop rows from packed samples. No id stands in two lists.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Differentiable in x, as often as wanted: the gradient of packing is unpacking.
 
@@ -99,7 +99,7 @@ def unpack_tokens(
         index: where they go, as given to ``pack_tokens``. Default: the first rows of each sample.
         n: rows of the grid.
         packed: the grid is a packed one of n rows for all samples, and the result [n, ...].
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Differentiable in tokens, as often as wanted: the gradient of unpacking is packing.
 

@@ -43,7 +43,7 @@ def select_tokens(
         protect: the first so many tokens (a class token, say) are always kept, whatever their score. They count within k.
         max_k: with ``threshold``: slots of the list. If more pass, the best of them are kept.
         strict: k greater than N is an error.
-        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the one preferred of those that can serve the call.
+        backend: "triton", "cuda", "cpu", "cpu:avx2" and the like, or "reference". Default: the preferred one that can serve the call.
 
     Returns:
         TokenIndex of index [..., K] int32, ascending ids and then -1, and count [...] int32. K does not depend on contents: nothing waits
