@@ -38,7 +38,7 @@ TABLE: dict[tuple[str, int], dict[int, Rows]] = {
     },
     ("backward_query", 2): {
         64: Rows(plain=Tiles(128, 64, 8, 3), biased=Tiles(128, 32, 8, 3), masked=Tiles(64, 32, 8, 2)),
-        128: Rows(plain=Tiles(64, 64, 8, 3), biased=Tiles(64, 64, 8, 3), masked=Tiles(64, 32, 4, 3)),
+        128: Rows(plain=Tiles(64, 64, 8, 3), biased=Tiles(64, 64, 8, 3), masked=Tiles(64, 32, 8, 2)),
         256: Rows(plain=Tiles(64, 32, 8, 3), biased=Tiles(64, 32, 8, 3), masked=Tiles(64, 16, 8, 2)),
     },
     ("backward_key_value", 2): {
