@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace tokenops {
@@ -33,6 +34,13 @@ inline void check_dense_rows(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, " must have a dense last dimension");
 }
 inline void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous"); }
+inline void check_dense(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  check_rank(name, t, static_cast<int64_t>(sizes.size()));
+  check_dtype(name, t, dtype);
+  int64_t dim = 0;
+  for (const int64_t size : sizes) check_size(name, t, dim++, size);
+  check_contiguous(name, t);
+}
 inline int64_t broadcast_stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 }  // namespace tokenops

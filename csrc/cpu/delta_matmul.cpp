@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
+#include "../delta_matmul_tensors.h"
 #include "call.h"
 #include "id_lists.h"
 #include "isa.h"
@@ -252,15 +252,6 @@ int64_t gate_backward(OptionalTensor grad_x, OptionalTensor grad_reference, Opti
 }
 
 // ---- layers ----
-
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "silu", "activation must be none, gelu, gelu_tanh, relu or silu, got ", name);
-  return Activation::silu;
-}
 
 // weight [outputs, width] and bias [outputs] in the dtype of x
 void set_layer(Layer& p, const Tensor& weight, const OptionalTensor& bias, const Tensor& x, int64_t width) {

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "../delta_matmul.h"
 #include "storage.h"
 
 namespace tokenops {
@@ -54,8 +55,6 @@ struct GateBackwardSample {
 };
 
 // ---- layers on listed rows ----
-
-enum class Activation { none, gelu, gelu_tanh, relu, silu };
 
 // Rows that go into a layer, packed: `lanes` rows make a vector, up to three vectors a panel, and a panel stands as
 // [contracted dimension][lanes]. So a layer's result can be written as the next layer's packed rows.

@@ -43,11 +43,7 @@ struct Lists {
 };
 
 void* part_of_state(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  check_rank(name, t, static_cast<int64_t>(sizes.size()));
-  check_dtype(name, t, dtype);
-  int64_t dim = 0;
-  for (int64_t size : sizes) check_size(name, t, dim++, size);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_dense(name, t, dtype, sizes);
   return t.mutable_data_ptr();
 }
 

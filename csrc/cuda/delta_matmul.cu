@@ -25,13 +25,7 @@ void compare_frames(OptionalTensor change, OptionalTensor total, OptionalTensor 
   STD_TORCH_CHECK(skip.has_value() == total.has_value(), "skip and total must be given both or not at all");
   STD_TORCH_CHECK(values.has_value() == delta.has_value(), "values and delta must be given both or not at all");
   STD_TORCH_CHECK(reference || !(change || keep), "without a reference nothing changed and nothing is kept");
-  if (change) {
-    check_rank("change", *change, 2);
-    check_dtype("change", *change, ScalarType::Float);
-    check_size("change", *change, 0, batch);
-    check_size("change", *change, 1, tokens);
-    STD_TORCH_CHECK(change->is_contiguous(), "change must be contiguous");
-  }
+  if (change) check_dense("change", *change, ScalarType::Float, {batch, tokens});
   bool aligned = fits_16(x);
   for (const OptionalTensor* t : {&skip, &total, &renewed, &values, &delta, &reference, &norm_weight, &norm_bias}) aligned &= fits_16(*t);
   with_rows(x, aligned, [&](auto number, auto wide) {
@@ -86,26 +80,14 @@ void gate_backward(OptionalTensor grad_x, OptionalTensor grad_reference, Optiona
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check_grid("x", x, x.scalar_type(), batch, tokens, width);
   const SampleLists lists = sample_lists_of(index, batch, tokens);
-  check_rank("slot_of", slot_of, 2);
-  check_dtype("slot_of", slot_of, ScalarType::Int);
-  check_size("slot_of", slot_of, 0, batch);
-  check_size("slot_of", slot_of, 1, tokens);
-  STD_TORCH_CHECK(slot_of.is_contiguous(), "slot_of must be contiguous");
+  check_dense("slot_of", slot_of, ScalarType::Int, {batch, tokens});
   STD_TORCH_CHECK(moments.has_value() == parts.has_value() && (norm_weight || !parts), "moments and parts go together, with a norm");
   int64_t strips = 0;
   if (parts) {
     check_rank("parts", *parts, 3);
-    check_rank("moments", *moments, 3);
-    for (const OptionalTensor* t : {&parts, &moments}) {
-      check_dtype("scratch", **t, ScalarType::Float);
-      STD_TORCH_CHECK((*t)->is_contiguous(), "scratch must be contiguous");
-    }
     strips = parts->size(1);
-    check_size("parts", *parts, 0, 2);
-    check_size("parts", *parts, 2, width);
-    check_size("moments", *moments, 0, batch);
-    check_size("moments", *moments, 1, tokens);
-    check_size("moments", *moments, 2, 2);
+    check_dense("parts", *parts, ScalarType::Float, {2, strips, width});
+    check_dense("moments", *moments, ScalarType::Float, {batch, tokens, 2});
     STD_TORCH_CHECK(strips > 0, "parts must have a strip");
   }
   launch(x, invert_lists, (static_cast<int64_t>(lists.total()) + kRowThreads - 1) / kRowThreads, kRowThreads, 0,

@@ -13,11 +13,7 @@ namespace {
 
 // a part of the state: dense, of these sizes; rows of numbers begin at multiples of 16 bytes
 void* part_of_state(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  check_rank(name, t, static_cast<int64_t>(sizes.size()));
-  check_dtype(name, t, dtype);
-  int64_t dim = 0;
-  for (int64_t size : sizes) check_size(name, t, dim++, size);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_dense(name, t, dtype, sizes);
   return const_cast<void*>(t.const_data_ptr());
 }
 Grid rows_of_state(const char* name, const Tensor& t, ScalarType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width) {

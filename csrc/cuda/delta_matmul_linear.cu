@@ -4,20 +4,12 @@
 #include <algorithm>
 #include <string>
 
+#include "../delta_matmul_tensors.h"
 #include "delta_matmul.h"
 #include "delta_matmul_linear_backward.cuh"
 
 namespace tokenops {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "silu", "activation must be none, gelu, gelu_tanh, relu or silu, got ", name);
-  return Activation::silu;
-}
 
 template <class Shape>
 int64_t blocks_of(const SampleLists& lists, int outputs) {
@@ -75,7 +67,7 @@ void run_layer(Tensor out, Tensor in, Tensor index, int64_t tokens, Tensor weigh
   if (other) check_grid("other", *other, dtype, batch, lists.slots, outputs);
   if (single) {
     STD_TORCH_CHECK(!bias && !other && bend == Activation::none && !scatter, "sums in float32 are as they are");
-    STD_TORCH_CHECK(out.is_contiguous(), "sums in float32 must be contiguous");
+    check_contiguous("sums in float32", out);
   }
   with_float("in", in, [&](auto number) {
     using T = decltype(number);
@@ -105,7 +97,7 @@ void normalize(Tensor normalized, Tensor x, Tensor norm_weight, Tensor norm_bias
   check_grid("x", x, x.scalar_type(), batch, tokens, width);
   const SampleLists lists = sample_lists_of(index, batch, tokens);
   check_grid("normalized", normalized, x.scalar_type(), batch, lists.slots, width);
-  STD_TORCH_CHECK(normalized.is_contiguous(), "normalized must be contiguous");
+  check_contiguous("normalized", normalized);
   const bool aligned = fits_16(x) && fits_16(normalized) && fits_16(norm_weight) && fits_16(norm_bias);
   with_rows(x, aligned, [&](auto number, auto wide) {
     using T = decltype(number);
@@ -129,19 +121,8 @@ void parameters(OptionalTensor of_weight, OptionalTensor of_bias, Tensor grad, T
   const SampleLists lists = sample_lists_of(index, batch, tokens);
   check_grid("grad", grad, dtype, batch, lists.slots, outputs);
   check_grid("in", in, dtype, batch, gather ? lists.rows : lists.slots, width);
-  if (of_weight) {
-    check_rank("gradient of weight", *of_weight, 2);
-    check_dtype("gradient of weight", *of_weight, dtype);
-    check_size("gradient of weight", *of_weight, 0, outputs);
-    check_size("gradient of weight", *of_weight, 1, width);
-    STD_TORCH_CHECK(of_weight->is_contiguous(), "gradient of weight must be contiguous");
-  }
-  if (of_bias) {
-    check_rank("gradient of bias", *of_bias, 1);
-    check_dtype("gradient of bias", *of_bias, dtype);
-    check_size("gradient of bias", *of_bias, 0, outputs);
-    STD_TORCH_CHECK(of_bias->is_contiguous(), "gradient of bias must be contiguous");
-  }
+  if (of_weight) check_dense("gradient of weight", *of_weight, dtype, {outputs, width});
+  if (of_bias) check_dense("gradient of bias", *of_bias, dtype, {outputs});
   with_float("grad", grad, [&](auto number) {
     using T = decltype(number);
     LayerParameters<T> p{};

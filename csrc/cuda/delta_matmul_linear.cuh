@@ -2,13 +2,12 @@
 // result has one block, which adds up in ascending order: no atomics, the same bits in every run.
 #pragma once
 
+#include "../delta_matmul.h"
 #include "delta_matmul_rows.cuh"
 #include "tiles.cuh"
 
 namespace tokenops {
 namespace {
-
-enum class Activation { none, gelu, gelu_tanh, relu, silu };
 
 __device__ __forceinline__ float activated(float h, Activation activation) {
   constexpr float kLog2e = 1.4426950408889634f;

@@ -209,6 +209,20 @@ __device__ __forceinline__ void copy_rows(const int32_t* ids, int rows, bool ali
   }
 }
 
+// Starts copies of a tile of keys, their values and, where there is one, their bias.
+template <int Keys, int W, int Threads, class T>
+__device__ __forceinline__ void copy_keys(const AttentionProblem& p, int64_t b, int kv_head, const int32_t* ids, T* keys, T* values,
+                                          float* to_bias, int thread) {
+  copy_rows<Keys, W, Threads>(ids, p.keys, p.aligned, thread, RowCopy<T>{keys, p.key.at<T>(b, kv_head), p.key.row, p.width},
+                              RowCopy<T>{values, p.value.at<T>(b, kv_head), p.value.row, p.value_width});
+  if (!p.bias) return;
+  const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
+  for (int i = thread; i < Keys; i += Threads) {
+    const bool valid = names(ids[i], p.keys);
+    cp_async_4(to_bias + i, valid ? bias + ids[i] * p.bias_row : bias, valid);
+  }
+}
+
 // Starts copies of the ids of slots `first` and the next; -1 behind the end.
 template <int Count, int Threads>
 __device__ __forceinline__ void copy_ids(int32_t* ids, const SlotList& list, int first, int end, int thread) {

@@ -128,12 +128,7 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
   if (grad_rel_w) a.grad_rel_w = grid_of("grad_rel_w", *grad_rel_w, rel_w->scalar_type(), batch, p.heads, p.rows, p.rel_width);
   if (kv_index && !p.cu_seqlens_q) {
     STD_TORCH_CHECK(cells.has_value(), "with a kv_index the gradient of rel_pos needs cells");
-    check_rank("cells", *cells, 3);
-    check_dtype("cells", *cells, ScalarType::Int);
-    check_size("cells", *cells, 0, kv_index->size(0));
-    check_size("cells", *cells, 1, kv_index->size(1));
-    check_size("cells", *cells, 2, p.keys);
-    STD_TORCH_CHECK(cells->is_contiguous(), "cells must be contiguous");
+    check_dense("cells", *cells, ScalarType::Int, {kv_index->size(0), kv_index->size(1), p.keys});
     CellArguments c{p.kv_index, cells->mutable_data_ptr<int32_t>(), kv_index->numel(), static_cast<int>(kv_index->size(1)), p.key_slots,
                     p.keys};
     launch(query, list_cells, (c.count + kCellThreads - 1) / kCellThreads, kCellThreads, 0, c);

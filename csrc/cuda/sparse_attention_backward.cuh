@@ -114,10 +114,10 @@ struct OtherTiles {
     if (step >= count()) return;
     const AttentionProblem& p = a.p;
     const int64_t b = shared.batch;
-    const int h = query_head(step), stage = step % Shape::kStages;
+    const int stage = step % Shape::kStages;
     const int32_t* rows = ids(step);
     if constexpr (kOwnsKeys) {
-      const int first = tile(step).begin;
+      const int h = query_head(step), first = tile(step).begin;
       copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(
           rows, p.rows, p.aligned, thread, RowCopy<T>{shared.first[stage], p.query.at<T>(b, h), p.query.row, p.width},
           RowCopy<T>{shared.second[stage], a.grad_out.at<T>(b, h), a.grad_out.row, p.value_width, first});
@@ -128,16 +128,8 @@ struct OtherTiles {
         cp_async_4(&shared.delta[stage][i], valid ? a.delta + at + i : a.delta, valid);
       }
     } else {
-      const int kv_head = shared.kv_head;
-      copy_rows<Shape::kKeys, Shape::kWidth, Shape::kTeam>(
-          rows, p.keys, p.aligned, thread, RowCopy<T>{shared.first[stage], p.key.at<T>(b, kv_head), p.key.row, p.width},
-          RowCopy<T>{shared.second[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width});
-      if (!p.bias) return;
-      const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
-      for (int i = thread; i < Shape::kKeys; i += Shape::kTeam) {
-        const bool valid = names(rows[i], p.keys);
-        cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
-      }
+      copy_keys<Shape::kKeys, Shape::kWidth, Shape::kTeam>(p, b, shared.kv_head, rows, shared.first[stage], shared.second[stage],
+                                                           shared.bias[stage], thread);
     }
   }
 };

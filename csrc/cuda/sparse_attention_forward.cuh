@@ -73,16 +73,8 @@ struct KeyTiles {
   __device__ __forceinline__ void start_rows(int tile, int64_t b, int kv_head) const {
     if (tile >= count()) return;
     const int stage = tile % Shape::kStages;
-    const int32_t* rows = ids(tile);
-    copy_rows<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(
-        rows, p.keys, p.aligned, thread, RowCopy<T>{shared.key[stage], p.key.at<T>(b, kv_head), p.key.row, p.width},
-        RowCopy<T>{shared.value[stage], p.value.at<T>(b, kv_head), p.value.row, p.value_width});
-    if (!p.bias) return;
-    const float* bias = p.bias + b * p.bias_batch + kv_head * p.bias_head;
-    for (int i = thread; i < Shape::kTileKeys; i += Shape::kTeam) {
-      const bool valid = names(rows[i], p.keys);
-      cp_async_4(&shared.bias[stage][i], valid ? bias + rows[i] * p.bias_row : bias, valid);
-    }
+    copy_keys<Shape::kTileKeys, Shape::kWidth, Shape::kTeam>(p, b, kv_head, ids(tile), shared.key[stage], shared.value[stage],
+                                                             shared.bias[stage], thread);
   }
 };
 

@@ -19,14 +19,6 @@ PlainRows<T> rows_of(const char* name, const Tensor& t, const Tensor& x, int64_t
       static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), static_cast<int>(rows), static_cast<int>(x.size(2)), is_wide(t)};
 }
 
-void check_dense(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  check_rank(name, t, static_cast<int64_t>(sizes.size()));
-  check_dtype(name, t, ScalarType::Float);
-  int64_t dim = 0;
-  for (const int64_t size : sizes) check_size(name, t, dim++, size);
-  check_contiguous(name, t);
-}
-
 struct SoftCall {
   const Tensor &x, &metric, &meta;
   int64_t batch, tokens, metas, channels, width;
@@ -62,15 +54,15 @@ struct SoftCall {
     p.tokens = static_cast<int>(tokens), p.metas = static_cast<int>(metas);
     p.temperature = static_cast<float>(temperature);
     if (learned) {
-      check_dense("learned", *learned, {});
+      check_dense("learned", *learned, ScalarType::Float, {});
       p.learned = learned->const_data_ptr<float>();
     }
     if (mass) {
       check_per_token("mass", *mass, ScalarType::Float, batch, tokens);
       p.mass = mass->const_data_ptr<float>(), p.mass_sample = broadcast_stride(*mass, 0), p.mass_token = mass->stride(1);
     }
-    check_dense("lse", lse, {batch, tokens});
-    check_dense("terms", terms, {3, batch, tokens});
+    check_dense("lse", lse, ScalarType::Float, {batch, tokens});
+    check_dense("terms", terms, ScalarType::Float, {3, batch, tokens});
     p.lse = const_cast<float*>(lse.const_data_ptr<float>());
     p.origin = terms.mutable_data_ptr<float>(), p.weight = p.origin + batch * tokens, p.share = p.weight + batch * tokens;
     return p;
@@ -97,8 +89,8 @@ struct SoftCall {
   void run_by_meta(FinishArguments<T> f, const Tensor& parts, const Tensor& part_sums, int64_t columns) const {
     const int64_t splits = parts.size(0);
     STD_TORCH_CHECK(splits > 0, "there must be parts");
-    check_dense("parts", parts, {splits, batch, metas, columns});
-    check_dense("part_sums", part_sums, {2, splits, batch, metas});
+    check_dense("parts", parts, ScalarType::Float, {splits, batch, metas, columns});
+    check_dense("part_sums", part_sums, ScalarType::Float, {2, splits, batch, metas});
     f.p.part = parts.mutable_data_ptr<float>(), f.p.part_sum = part_sums.mutable_data_ptr<float>();
     f.p.splits = static_cast<int>(splits), f.p.columns = static_cast<int>(columns);
     run_gather<true, kGradient>(f.p, columns);
@@ -109,8 +101,8 @@ struct SoftCall {
 void soft(Tensor out, Tensor mass_out, Tensor lse, Tensor scratch, Tensor terms, Tensor parts, Tensor part_sums, Tensor x, Tensor metric,
           Tensor meta, double temperature, OptionalTensor learned, OptionalTensor mass, bool normalize) {
   const SoftCall call(x, metric, meta);
-  check_dense("out", out, {call.batch, call.metas, call.channels});
-  check_dense("mass_out", mass_out, {call.batch, call.metas});
+  check_dense("out", out, ScalarType::Float, {call.batch, call.metas, call.channels});
+  check_dense("mass_out", mass_out, ScalarType::Float, {call.batch, call.metas});
   with_float("x", x, [&](auto number) {
     using T = decltype(number);
     const SoftArguments<T> p = call.arguments<T>(temperature, learned, mass, normalize, lse, terms, scratch);
@@ -127,10 +119,10 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
                    Tensor grad_mass, Tensor x, Tensor metric, Tensor meta, double temperature, OptionalTensor learned, OptionalTensor mass,
                    bool normalize, Tensor out, Tensor mass_out, Tensor lse) {
   const SoftCall call(x, metric, meta);
-  check_dense("out", out, {call.batch, call.metas, call.channels});
+  check_dense("out", out, ScalarType::Float, {call.batch, call.metas, call.channels});
   for (const auto& [name, t] : {std::pair("mass_out", &mass_out), std::pair("grad_mass", &grad_mass)})
-    check_dense(name, *t, {call.batch, call.metas});
-  check_dense("of_metas", of_metas, {3, call.batch, call.metas});
+    check_dense(name, *t, ScalarType::Float, {call.batch, call.metas});
+  check_dense("of_metas", of_metas, ScalarType::Float, {3, call.batch, call.metas});
   for (const auto& [name, t, like] :
        {std::tuple("grad_x", &grad_x, &x), std::tuple("grad_metric", &grad_metric, &metric), std::tuple("grad_meta", &grad_meta, &meta)})
     if (*t) {
@@ -166,7 +158,7 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
       SoftArguments<T> of_metric = p;
       of_metric.result = result(grad_metric);
       if (grad_temperature) {
-        check_dense("grad_temperature", *grad_temperature, {call.batch, p.a.of.blocks});
+        check_dense("grad_temperature", *grad_temperature, ScalarType::Float, {call.batch, p.a.of.blocks});
         of_metric.warmth = grad_temperature->mutable_data_ptr<float>();
       }
       call.run_gather<false, true>(of_metric, call.width);
