@@ -85,13 +85,18 @@ constexpr int kResultChunks = kByMeta ? 2 : 1;
 
 template <class T, bool kByMeta>
 struct GatherShared {
-  SoftTiles<T, 2> tiles;
+  // weights are written where the tiles of their products were
+  union {
+    SoftTiles<T, 2> tiles;
+    Chunk<T, kResultRows<kByMeta>> left[kDepth<kByMeta> / kChunk<T>];
+  };
   TileTerms terms;
-  alignas(128) Chunk<T, kResultRows<kByMeta>> left[kDepth<kByMeta> / kChunk<T>];
   alignas(128) Chunk<T, kDepth<kByMeta>> right[kResultChunks<kByMeta>];
   float sums[2][kSoftWarps][kMetas];
   float partial[kSoftWarps];
 };
+// capabilities 8.6 and 8.9 run what is built for 8.0, and 12.0 what is built for 10.0; a block has no more there
+static_assert(sizeof(GatherShared<float, true>) <= 99 << 10);
 
 // Sums of rows times weights, or times gradients of similarities:
 // by meta token, over tokens: merged rows (of x), gradients of meta (of metric); by token, over meta tokens: gradients of x (of grad_out),
@@ -133,6 +138,8 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
       __syncthreads();
       multiply(grads, shared.tiles, x, n_first, grad_out, meta_block, false);
     }
+    // all warps have read the tiles
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < Own::kOwnRows; ++i) {
       const int n = warp_id() * kWarpRows + Own::row(i);
