@@ -317,6 +317,11 @@ MERGES: Bad = {
     "plan for another N": ({"x": X[:, :19]}, ValueError, r"x must have the plan's 20 tokens, got \[2, 19, 6\]"),
     "plan for another batch": ({"x": X[:1].repeat(3, 1, 1)}, ValueError, "plan must be for the 3 samples of x or for 1, got 2"),
     "plan on another device": ({"x": X.to("meta")}, ValueError, "plan.slot must be on x's device meta, got cpu"),
+    "plan on two devices": (
+        {"plan": PLAN._replace(order=PLAN.order.to("meta"))},
+        ValueError,
+        "plan.order must be on x's device cpu, got meta",
+    ),
     "plan of another n_out": (
         {"plan": PLAN._replace(n_out=6)},
         ValueError,

@@ -124,10 +124,10 @@ def check_plan(plan: object, batch: int, rows: int, of_output: bool, name: str, 
             raise TypeError(f"plan.{part} must be int32, got {t.dtype}")
         if t.shape != shape:
             raise ValueError(f"plan.{part} must be {list(shape)} as its slot and n_out say, got {list(t.shape)}")
+        check_device(f"plan.{part}", t, name, x)
     planned = plan.n_out if of_output else plan.slot.shape[1]
     if planned != rows:
         kind = "output rows" if of_output else "tokens"
         raise ValueError(f"{name} must have the plan's {planned} {kind}, got {list(x.shape)}")
     if plan.slot.shape[0] not in (1, batch):
         raise ValueError(f"plan must be for the {batch} samples of {name} or for 1, got {plan.slot.shape[0]}")
-    check_device("plan.slot", plan.slot, name, x)
