@@ -36,9 +36,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("mean", "sum", "amax", "replace", "drop")
 
 
-def serves(backend: str, *grids: Tensor, names: str) -> str:
+def serves(backend: str, device: str, *grids: Tensor, names: str) -> str:
     """The backend, or the test is skipped with its reasons."""
-    reasons = objections(backend, *grids, names=names)
+    reasons = objections(backend, *(grid.to(device) for grid in grids), names=names)
     if reasons:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
     return backend
@@ -106,7 +106,7 @@ def test_every_row_finds_its_best(name: str, dtype: torch.dtype, backend: str, d
     a, b = normal(2, 13, 24, dtype=dtype), normal(2, 41, 24, dtype=dtype, seed=5)
     options = PAIRS[name]
     there = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in options.items()}
-    best, index = tokenops.pairwise_argmax(a.to(device), b.to(device), **there, backend=serves(backend, a, b, names="a b"))
+    best, index = tokenops.pairwise_argmax(a.to(device), b.to(device), **there, backend=serves(backend, device, a, b, names="a b"))
     assert_pairs(a, b, options, lambda s, i, j: True, best.cpu(), index.cpu(), dtype)
 
 
@@ -494,7 +494,7 @@ def assert_soft(call: dict[str, Any], backend: str, device: str) -> None:
 def test_soft_merging_is_its_definition(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
     call = soft_call(name, dtype)
     grids = [call[key] for key in ("x", "metric", "meta")]
-    assert_soft(call, serves(backend, *grids, names="x metric meta"), device)
+    assert_soft(call, serves(backend, device, *grids, names="x metric meta"), device)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_soft_merging_is_its_definition(name: str, dtype: torch.dtype, backend: 
 )
 def test_soft_merging_of_all_shapes(tokens: int, metas: int, channels: int, width: int, backend: str, device: str) -> None:
     call = soft_call("plain", torch.float32, tokens, metas, channels, width)
-    assert_soft(call, serves(backend, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
+    assert_soft(call, serves(backend, device, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -511,7 +511,7 @@ def test_soft_merging_to_means_that_differ_little(tokens: int, far: float, dtype
     """Gradients are what is left of their differences, and a mean's error is not."""
     call = soft_call("plain", dtype, tokens, metas=24)
     call["x"] = call["x"] + far
-    assert_soft(call, serves(backend, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
+    assert_soft(call, serves(backend, device, *(call[key] for key in ("x", "metric", "meta")), names="x metric meta"), device)
 
 
 def test_one_meta_token_gets_the_mean(backend: str, device: str) -> None:
