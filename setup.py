@@ -41,16 +41,35 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+
+
 def wants_cuda(request: str, torch: Path) -> bool:
-    """``auto`` builds for CUDA only beside a CUDA torch: an nvcc on the PATH is no reason."""
+    """``auto`` builds for CUDA only beside a CUDA torch: an nvcc on the PATH is no reason. Nor is that torch alone, which pip installs on
+    machines without a GPU, too."""
     has_kernels = any(ROOT.glob("csrc/cuda/*.cu"))
     if request == "cuda" and not has_kernels:
         sys.exit("tokenops: TOKENOPS_BUILD=cuda, but csrc/cuda holds no kernels")
-    return has_kernels and (request == "cuda" or (request == "auto" and runpy.run_path(str(torch / "version.py")).get("cuda") is not None))
+    wanted = request == "cuda" or (request == "auto" and runpy.run_path(str(torch / "version.py")).get("cuda") is not None)
+    if not has_kernels or not wanted:
+        return False
+    missing = None if find_nvcc() else "nvcc (CUDA_HOME, the PATH or /usr/local/cuda)"
+    if missing and request == "cuda":
+        sys.exit(f"tokenops: TOKENOPS_BUILD=cuda needs {missing}")
+    if missing:
+        print(f"tokenops: builds no CUDA library (Triton still works on a GPU). Missing: {missing}", file=sys.stderr)
+    return not missing
 
 
 def cuda_settings() -> dict[str, str]:
-    settings = {"CMAKE_CUDA_ARCHITECTURES": "80-real;90a-real;100-real;100-virtual"}
+    nvcc = find_nvcc()
+    assert nvcc
+    # sm_100 came with CUDA 12.8. The PTX is for GPUs that are newer than the compiler
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    newest = "100-real;100-virtual" if "compute_100" in known else "90-virtual"
+    settings = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": f"80-real;90a-real;{newest}"}
     if "TORCH_CUDA_ARCH_LIST" in os.environ:
         # "8.0 9.0a+PTX" -> 80-real;90a-real;90a-virtual
         archs = []
@@ -59,8 +78,6 @@ def cuda_settings() -> dict[str, str]:
             if name.endswith("+PTX"):
                 archs.append(name.removesuffix("+PTX") + "-virtual")
         settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(archs)
-    if "CUDA_HOME" in os.environ:
-        settings["CMAKE_CUDA_COMPILER"] = str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))
     return settings
 
 

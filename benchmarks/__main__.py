@@ -134,7 +134,7 @@ def bench(
                 _print_dry(out, room, case, modules[room].prepare(case, request))
             return
         repro = _repro(preset, threads, device, backends, isa, video_path)
-        run = _run(out, modules, chosen, request, seconds or BUDGET[preset], repro)
+        run = _run(out, modules, chosen, request, seconds or BUDGET[preset], repro, json_path)
     except video.VideoError as error:
         raise click.ClickException(str(error)) from error
     if json_path is not None:
@@ -224,7 +224,13 @@ def _print_dry(out: Console, room: str, case: Case, trial: harness.Trial) -> Non
 
 
 def _run(
-    out: Console, modules: dict[str, ModuleType], chosen: Sequence[tuple[str, Case]], request: Request, seconds: float, shared: str
+    out: Console,
+    modules: dict[str, ModuleType],
+    chosen: Sequence[tuple[str, Case]],
+    request: Request,
+    seconds: float,
+    shared: str,
+    json_path: Path | None,
 ) -> Record:
     clock = harness.clock_for(request.device)
     threads = torch.get_num_threads()
@@ -248,6 +254,9 @@ def _run(
             run["cases"].append(record.case_record(room, case, trial, measured, _case_repro(room, case, shared)))
             record.set_percentages(run["cases"][-1], roof)
             table.print_case(out, run["cases"][-1])
+            if json_path is not None:
+                # whatever stops the run, these numbers are there
+                record.write(run, json_path)
             progress.advance(bar)
     record.set_roof(run, roof)
     _print_summary(out, run)

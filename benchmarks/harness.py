@@ -171,16 +171,20 @@ class CudaClock:
     conditions = "device events, L2 flushed before every call"
 
     def __init__(self, device: torch.device) -> None:
-        # twice the cache; filling it also keeps the device busy while the host enqueues the call, so short kernels do not time the host
-        self.flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+        # Far more than the cache: filling it keeps the device busy for a third of a millisecond, in which the host enqueues the call. With
+        # less of a lead short kernels would time the host.
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 30)
+        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
         self.device = device
 
     def time(self, call: Callable[[], object]) -> float:
+        # of this device, which need not be the current one
+        stream = torch.cuda.current_stream(self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
-        start.record()
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) * 1e-3
 

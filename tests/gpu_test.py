@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
 # of compute-sanitizer
 TOOLS = ("memcheck", "racecheck")
+# every tensor a block of its own: in torch's pool the bytes behind one are another's, and no error
+UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 class Result(NamedTuple):
@@ -32,9 +34,9 @@ class Result(NamedTuple):
     output: str
 
 
-def run(step: str, command: Sequence[str | Path], device: str, limit: float) -> Result:
+def run(step: str, command: Sequence[str | Path], device: str, limit: float, variables: Mapping[str, str] | None = None) -> Result:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TOKENOPS_TEST_DEVICE": device, "PYTHONPATH": path}
+    environment = {**os.environ, "TOKENOPS_TEST_DEVICE": device, "PYTHONPATH": path, **(variables or {})}
     run_here = partial(subprocess.run, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     start = time.monotonic()
     try:
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calls = [sys.executable, HERE / "gpu_calls.py", options.device]
     if options.device == "cuda" and sanitizer:
         for tool in TOOLS:
-            good &= report(run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *calls], options.device, left()))
+            good &= report(run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *calls], options.device, left(), UNPOOLED))
     else:
         print("compute-sanitizer: not here; the calls run without it")
         good &= report(run("a few calls of every operation", calls, options.device, left()))

@@ -664,6 +664,20 @@ def test_bench_writes_table_json_and_chart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_numbers_outlive_a_run_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, measure = tmp_path / "run.json", harness.measure
+
+    def stopped(trial: Trial, *rest: Any) -> harness.Measurement:
+        if numbers.exists():
+            raise KeyboardInterrupt
+        return measure(trial, *rest)
+
+    monkeypatch.setattr(harness, "measure", stopped)
+    assert invoke("bench", "--seconds", "0.01", "--json", numbers, "--case", "tiny-s").exit_code != 0
+    assert [case["name"] for case in record.read(numbers)["cases"]] == ["tiny-shared"]
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_bench_of_several_rooms(tmp_path: Path) -> None:
     """Each room has a table and a panel of its own, because each has its own peers."""
     numbers, drawing = tmp_path / "run.json", tmp_path / "run.png"

@@ -294,9 +294,14 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_bad_contents_are_found_before_the_reference_is_touched(name: str, backend: str) -> None:
+def test_bad_contents_are_found_before_the_reference_is_touched(
+    name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU if asked to look."""
+    monkeypatch.setenv("TOKENOPS_CHECK", "1")
     options, message = CONTENTS[name]
-    call = call_of()
+    options = {how: x.to(device) if isinstance(x, Tensor) else x for how, x in options.items()}
+    call = call_of(device=device)
     if name == "NaN":
         call["x"][1, 6, 3] = torch.nan
     old = call["reference"].clone()

@@ -189,6 +189,19 @@ def test_long_rows_and_many_outputs(sizes: tuple[int, int, int], dtype: torch.dt
     assert_close("y", as_called("silu", False, backend)(**call), want, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_fewer_large_tiles_than_processors(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Then GPU kernels take large ones: a GPU has some 150 processors, the emulated one has four."""
+    size = 136 if device == "cpu" else 1704
+    call = call_of(1, size, size, size, size, dtype=dtype, device=device)
+
+    def by_torch(x: Tensor, index: Tensor, weight_1: Tensor, bias_1: Tensor, **_: Tensor) -> Tensor:
+        rows = F.linear(x[0, index[0].clamp(min=0).long()], weight_1, bias_1)
+        return rows.masked_fill(index[0, :, None] < 0, 0.0)[None]
+
+    assert_gradients(as_called(None, False, backend), by_torch, call, ["x", "weight_1", "bias_1"])
+
+
 @pytest.mark.parametrize("hidden", [None, 70], ids=["linear", "mlp"])
 def test_the_same_bits_for_any_number_of_threads(hidden: int | None, backend: str, device: str) -> None:
     """Forward. The backward pass leaves its products to torch, whose bits may depend on threads, and the definition all of them."""
@@ -238,11 +251,13 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_bad_lists_are_found_before_anything_is_written(name: str, backend: str) -> None:
+def test_bad_lists_are_found_before_anything_is_written(name: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU if asked to look."""
+    monkeypatch.setenv("TOKENOPS_CHECK", "1")
     ids, message = CONTENTS[name]
-    index = torch.tensor(ids)
-    x, weight, out = normal(2, 6, 4), normal(4, 4, seed=1), torch.ones(2, 6, 4)
-    rows = normal(2, index.shape[1], 4, seed=2)
+    index = torch.tensor(ids, device=device)
+    x, weight, out = normal(2, 6, 4, device=device), normal(4, 4, device=device, seed=1), torch.ones(2, 6, 4, device=device)
+    rows = normal(2, index.shape[1], 4, device=device, seed=2)
     for call in (
         lambda: tokenops.gathered_linear(x, weight, index=index, out=out, backend=backend),
         lambda: tokenops.gathered_mlp(x, weight, None, weight, index=index, out=out, backend=backend),

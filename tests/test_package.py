@@ -256,6 +256,32 @@ def test_an_explicit_build_fails_without_tools(tmp_path: Path) -> None:
     assert "TOKENOPS_BUILD=cpu needs a C++20 compiler" in result.stderr
 
 
+@pytest.mark.parametrize("request_", ["auto", "cuda"])
+def test_a_torch_with_cuda_needs_nvcc(request_: str, tmp_path: Path) -> None:
+    """On PyPI every torch for Linux has CUDA: there ``auto`` builds what can be built, and an explicit request says what is missing."""
+    needs("c++", "cmake", "ninja")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("cuda = '13.0'\n")
+    variables = {"TORCH_DIR": str(tmp_path / "torch"), "CUDA_HOME": str(tmp_path), "TOKENOPS_BUILD": request_}
+    command = [sys.executable, "setup.py", "--name"]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (request_ == "auto"), result.stderr
+    assert ("builds no CUDA library" if request_ == "auto" else "TOKENOPS_BUILD=cuda needs nvcc") in result.stderr
+
+
+def test_the_cuda_library_and_its_emulated_form_in_one_build(tmp_path: Path) -> None:
+    """As `make gpu-test` builds them: the same sources, each by its own compiler."""
+    needs("cmake", "ninja", "nvcc")
+    torch_dir = Path(torch.__file__).parent
+    options = ["-DTOKENOPS_CUDA=ON", "-DTOKENOPS_EMULATED=ON", "-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DTORCH_DIR={torch_dir}"]
+    run("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options)
+    sources = {str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    commands = [(entry["file"], entry["command"]) for entry in json.loads((tmp_path / "compile_commands.json").read_text())]
+    assert {file for file, command in commands if "nvcc" in command} == sources
+    assert not [file for file, command in commands if file in sources and "nvcc" not in command]
+    assert {Path(file).stem for file, _ in commands if "/emulated/" in file} == {Path(source).stem for source in sources}
+
+
 def test_an_unknown_build_is_refused(tmp_path: Path) -> None:
     result = setup_without_tools("gpu", tmp_path)
     assert result.returncode != 0
