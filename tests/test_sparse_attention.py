@@ -9,7 +9,7 @@ import torch
 from cases import CASES, Call, Case, as_bshd, build, with_bias, with_mask, with_rel_pos
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import DIFFERENTIABLE, Results, assert_close, assert_right, assert_same_bits, computed, expected, problem_of
+from oracle import DIFFERENTIABLE, Results, assert_close, assert_right, assert_same_bits, by_tensor, computed, expected, problem_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -503,7 +503,7 @@ def calls(draw: st.DrawFn, most_rows: int = 80, most_columns: int = 80, widest: 
 
 
 def matches(call: Call, backend: str, device: str) -> Results:
-    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.items()}
+    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in by_tensor(call).items()}
     grad_out = torch.randn(expected(call, None).out.shape, generator=torch.Generator().manual_seed(1)).to(device, call["query"].dtype)
     want = expected(call, grad_out)
     visible = want.lse > -torch.inf

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import computed
+from oracle import assert_close, computed
 from test_sparse_attention import DTYPES
+from torch import Tensor
 
 import tokenops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def shifted(x: Tensor, shift: int, width: int) -> Tensor:
+    """The same numbers in rows of another width, NaN around them."""
+    return x.new_full((*x.shape[:3], width), torch.nan)[..., shift : shift + 24].copy_(x)
+
+
+def assert_same(name: str, got: Tensor, want: Tensor, backend: str) -> None:
+    if backend == "triton":
+        # which lanes add up a row, and with it the order, its compiler chooses by what it knows of alignment
+        assert_close(name, got, want, got.dtype)
+    else:
+        assert torch.equal(got, want), name
 
 
 @every_dtype
@@ -18,12 +32,10 @@ def test_output(dtype: torch.dtype, backend: str, device: str) -> None:
     aligned = [torch.randn(2, 3, rows, 24, generator=generator).to(device, dtype) for rows in (40, 70, 70)]
     want = tokenops.sparse_attention(*aligned, backend=backend)
     for shift, width in ((1, 32), (0, 25)):
-        grids = [
-            torch.full((*x.shape[:3], width), torch.nan, dtype=dtype, device=device)[..., shift : shift + 24].copy_(x) for x in aligned
-        ]
-        out = torch.zeros(2, 3, 40, width, dtype=dtype, device=device)[..., shift : shift + 24]
-        assert torch.equal(tokenops.sparse_attention(*grids, backend=backend), want)
-        assert torch.equal(tokenops.sparse_attention(*grids, out=out, backend=backend), want)
+        grids = [shifted(x, shift, width) for x in aligned]
+        out = torch.zeros(2, 3, 40, width, device=device, dtype=dtype)[..., shift : shift + 24]
+        assert_same("out", tokenops.sparse_attention(*grids, backend=backend), want, backend)
+        assert_same("out", tokenops.sparse_attention(*grids, out=out, backend=backend), want, backend)
 
 
 @every_dtype
@@ -33,10 +45,7 @@ def test_gradients(dtype: torch.dtype, backend: str, device: str) -> None:
     call = dict(zip(("query", "key", "value"), aligned, strict=True))
     want = computed(call, grad_out, backend).grads
     for shift, width in ((1, 32), (0, 25)):
-        grids = {
-            name: torch.full((*x.shape[:3], width), torch.nan, dtype=dtype, device=device)[..., shift : shift + 24].copy_(x)
-            for name, x in call.items()
-        }
-        grad = torch.full((*grad_out.shape[:3], width), torch.nan, dtype=dtype, device=device)[..., shift : shift + 24].copy_(grad_out)
+        grids = {name: shifted(x, shift, width) for name, x in call.items()}
+        grad = shifted(grad_out, shift, width)
         for name, got in computed(grids, grad, backend).grads.items():
-            assert torch.equal(got, want[name]), name
+            assert_same(name, got, want[name], backend)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LISTED, Call, Case, build
+from oracle import as_call, by_tensor
 from test_sparse_attention_varlen import packed
 from torch import Tensor
 
@@ -451,9 +452,9 @@ def test_bad_packed_argument(name: str, backend: str, device: str, monkeypatch: 
     change, error, message = BAD_PACKED[name]
     call = packed()
     call |= change(call)
-    call = {key: x.to(device) if isinstance(x, Tensor) and x.device.type == "cpu" else x for key, x in call.items()}
+    call = {key: x.to(device) if isinstance(x, Tensor) and x.device.type == "cpu" else x for key, x in by_tensor(call).items()}
     with pytest.raises(error, match=message):
-        tokenops.sparse_attention_varlen(**call, backend=backend)
+        tokenops.sparse_attention_varlen(**as_call(call), backend=backend)
 
 
 # backends that object

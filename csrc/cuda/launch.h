@@ -24,6 +24,18 @@ void with_float(const char* name, const Tensor& t, F&& f) {
   with_half(name, t, f);
 }
 
+// One GPU tensor among the arguments is enough for the dispatcher, and a kernel would read the others wherever they are.
+inline void check_device(const Tensor& on, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cuda() == on.is_cuda() && t.get_device_index() == on.get_device_index(), "all tensors must be on one device");
+}
+inline void check_device(const Tensor& on, const OptionalTensor& t) {
+  if (t) check_device(on, *t);
+}
+template <class... Tensors>
+void check_devices(const Tensor& on, const Tensors&... others) {
+  (check_device(on, others), ...);
+}
+
 constexpr int64_t kMostBlocks = INT32_MAX;  // of a grid's first dimension
 
 #ifdef __CUDACC__

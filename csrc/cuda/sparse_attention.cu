@@ -7,6 +7,7 @@ namespace {
 
 template <class Shape>
 void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
+  static_assert(sizeof(typename Shape::Shared) <= kShared);
   a.blocks = static_cast<int>(blocks_of(a.p.query_slots, Shape::kRows, a.p.cu_seqlens_q != nullptr, a.p.sequences));
   a.teams = a.blocks * batch * a.p.heads;
   launch(on, attention_forward<Shape>, (a.teams + Shape::kTeams - 1) / Shape::kTeams, Shape::kThreads, sizeof(typename Shape::Shared), a);
@@ -14,8 +15,8 @@ void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
 
 // How work is cut. None was chosen by time: that takes a GPU. What counted were registers (a warp of 32 rows reads keys and values from
 // shared memory half as often as one of 16; at 255 registers two blocks run beside each other), shared memory (the same two blocks on
-// sm_80, and 99 KB on architectures that have no more) and copies under way (three stages where they fit). Not every shape is built for
-// every width and type: where one is missing the next serves.
+// sm_80) and copies under way (three stages where they fit). Not every shape is built for every width and type: where one is missing the
+// next serves.
 template <class T, int W>
 struct ForwardShapes {
   static constexpr bool kFloat = sizeof(T) == 4;
@@ -66,6 +67,7 @@ void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor
              OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w,
              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal, double scale, int64_t most_queries, bool by_row) {
   ForwardArguments a{};
+  check_devices(query, out, lse, row_sq);
   a.p = problem_of(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   const int64_t batch = query.size(0);
   a.out = grid_of("out", out, query.scalar_type(), batch, a.p.heads, by_row ? a.p.rows : a.p.query_slots, a.p.value_width);

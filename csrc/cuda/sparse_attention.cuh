@@ -10,6 +10,8 @@
 namespace tokenops {
 namespace {
 
+// bytes that a block may have on every architecture that we serve: 99 KB on sm_86, sm_89 and sm_120
+constexpr size_t kShared = 99 << 10;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_huge_valf();
 

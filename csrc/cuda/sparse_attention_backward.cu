@@ -16,7 +16,7 @@ struct BackwardShapes {
   using Large = std::conditional_t<Of == Gradient::query, BackwardShape<T, W, Of, 4, kQueryTiles, 32, W == 128 ? 2 : 3, false>,
                                    BackwardShape<T, W, Of, 4, kKeyTiles, W == 64 ? 16 : 32, W == 128 ? 2 : 3, false>>;
   template <Gradient Of>
-  using Full = BackwardShape<T, W, Of, 4, 1, 32, 2, true>;
+  using Full = BackwardShape<T, W, Of, kFloat && W == 128 ? 2 : 4, 1, kFloat && W == 128 ? 16 : 32, 2, true>;
   // one warp each: 8 to 16 frames
   template <Gradient Of>
   using Short = BackwardShape<T, W, Of, 1, 1, 16, 2, true>;
@@ -24,6 +24,7 @@ struct BackwardShapes {
 
 template <class Shape>
 void launch_backward(const Tensor& on, BackwardArguments a, int64_t batch) {
+  static_assert(sizeof(typename Shape::Shared) <= kShared);
   const AttentionProblem& p = a.p;
   const bool packed = p.cu_seqlens_q != nullptr;
   a.blocks = static_cast<int>(blocks_of(Shape::kOwnsKeys ? p.key_slots : p.query_slots, Shape::kRows, packed, p.sequences));
@@ -65,6 +66,7 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
               OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, bool is_causal, double scale, int64_t most_queries, int64_t most_keys) {
   BackwardArguments a{};
+  check_devices(query, grad_query, grad_key, grad_value, grad_bias, grad_rel_h, grad_rel_w, row_terms, cells, grad_out, out, lse);
   a.p = problem_of(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   AttentionProblem& p = a.p;
   const ScalarType dtype = query.scalar_type();
@@ -138,7 +140,8 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
   with_float("query", query, [&](auto number) {
     with_width(p, [&](auto width) {
       constexpr int W = decltype(width)::value == 96 ? 128 : decltype(width)::value;
-      launch_backward<BackwardShape<decltype(number), W, Gradient::rel_pos, 4, 1, kRelPosColumns, 2, true>>(query, a, batch);
+      constexpr int kWarps = sizeof(number) == 4 && W == 128 ? 1 : 4;
+      launch_backward<BackwardShape<decltype(number), W, Gradient::rel_pos, kWarps, 1, kRelPosColumns, 2, true>>(query, a, batch);
     });
   });
 }

@@ -39,8 +39,7 @@ struct BackwardShape {
   static constexpr Gradient kOf = Of;
   static constexpr bool kOwnsKeys = Of == Gradient::key_value;
   static constexpr int kWidth = Width;  // of heads, padded
-  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(T) == 4 && Width == 128 ? 2 : 4;
-  static constexpr int kWarps = Warps, kTeam = Warps * kWarp, kThreads = kTeams * kTeam;
+  static constexpr int kWarps = Warps, kTeam = Warps * kWarp;
   static constexpr int kRowTiles = RowTiles, kWarpRows = 16 * RowTiles, kRows = Warps * kWarpRows;  // that a team owns
   static constexpr int kKeys = Others, kStages = Stages;  // rows of a tile of the other side, tiles in flight
   static constexpr bool kFull = Full;                     // attn_mask and rel_pos are served
@@ -67,6 +66,9 @@ struct BackwardShape {
     Span slots;
     int partial[2][Warps];
   };
+  // what fits a block of any architecture
+  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kThreads = kTeams * kTeam;
   struct Shared {
     Team team[kTeams];
   };

@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
 #pragma unroll
       for (int k = 0; k < P::kKeys; ++k) {
         float& weight = products.logit(r, k);
-        weight = exp2_fast(weight * unit - origin);
+        // a multiply-add would not round the product as the maximum is rounded: for logits of 1e10 that is a factor of 2^512
+        weight = exp2_fast(__fmul_rn(weight, unit) - origin);
         sum += weight;
       }
       total[r] = total[r] * shrink[r] + sum;

@@ -192,7 +192,11 @@ inline unsigned __float_as_uint(float x) {
 inline float __int_as_float(int x) { return __uint_as_float(static_cast<unsigned>(x)); }
 inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }
+// no compiler makes a multiply-add of it
+inline float __fmul_rn(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;

@@ -285,6 +285,10 @@ def forward(
         last = tl.max(tl.where(filled, order_q, -1), 0)
         k_end = _causal_end(kv_index, k_begin, k_end, last, PACKED or kv_index is None)
 
+    # of the logits and their maximum
+    unit = scale
+    if SCALE_FIRST:
+        unit = 1.0
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     squares = tl.zeros([BLOCK_Q], tl.float32)
@@ -300,10 +304,8 @@ def forward(
             ids = _ids(kv_index, k_slots + BLOCK_K, k_end)
         k = _load_rows(key, columns, seen, key_strides[2] * UNIT, D, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        unit = scale
         if SCALE_FIRST:
             logits *= scale
-            unit = 1.0
         if bias is not None:
             logits += _to_log2(tl.load(bias + columns, mask=seen, other=0.0))[None, :]
         within = filled[:, None] & seen[None, :]
@@ -316,11 +318,12 @@ def forward(
         logits = _hide(logits, float("-inf"), mask, mask_strides, rows[:, None], columns[None, :], within, WIDE)
         if CAUSAL:
             logits = tl.where(order_k[None, :] <= order_q[:, None], logits, float("-inf"))
-        above = tl.maximum(highest, tl.max(logits, 1) * unit)
+        above = tl.maximum(highest, tl.max(logits, 1))
         # as long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN
         origin = tl.where(above == float("-inf"), 0.0, above)
-        p = tl.exp2(logits * unit - origin[:, None])
-        shrink = tl.exp2(highest - origin)
+        # not logits * unit - maximum * unit: a multiply-add rounds only one of them, which for logits of 1e10 is a factor of 2^512
+        p = tl.exp2((logits - origin[:, None]) * unit)
+        shrink = tl.exp2((highest - origin) * unit)
         total = total * shrink + tl.sum(p, 1)
         if row_sq is not None:
             squares = squares * shrink * shrink + tl.sum(p * p, 1)
@@ -334,7 +337,7 @@ def forward(
     divisor = tl.where(empty, 1.0, total)
     result = tl.where(empty[:, None], 0.0, weighted * (1.0 / divisor)[:, None])
     at = (b * H + h) * K + q_slots
-    natural = highest + tl.log2(divisor)
+    natural = highest * unit + tl.log2(divisor)
     if SCALE_FIRST:
         # what _to_log2 clamped to the lowest float is the lowest float in either unit
         natural = tl.where(highest == LOWEST, natural, natural * LN2)
