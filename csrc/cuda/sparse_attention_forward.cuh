@@ -16,6 +16,9 @@ struct ForwardArguments {
   int blocks;     // of a head
 };
 
+// up to here the last place of a float is an exponent of at most 1
+constexpr float kMostFused = 16777216.0f;
+
 // How a kernel cuts its work. Several teams of one warp share a thread block, each with a head of its own; a larger team is a block. Its
 // warps share out the rows or, where Split, the keys of a tile.
 template <class Number, int Width, int Warps, int RowTiles, int Keys, int Stages, bool Full, bool Split = false>
@@ -240,12 +243,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(ForwardA
       const float origin = above == -kInfinity ? 0.0f : above;
       shrink[r] = exp2_fast(highest[r] - origin);
       rose |= shrink[r] != 1.0f;
+      // A multiply-add does not round the product, while the origin is rounded: all weights of a row have one factor too many, which their
+      // sum has too. Of huge logits it would be infinite.
+      float slope = unit;
+      if (fabsf(origin) > kMostFused) {
+        slope = 1.0f;
+#pragma unroll
+        for (int k = 0; k < P::kKeys; ++k) products.logit(r, k) = __fmul_rn(products.logit(r, k), unit);
+      }
       float sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < P::kKeys; ++k) {
         float& weight = products.logit(r, k);
-        // a multiply-add would not round the product as the maximum is rounded: for logits of 1e10 that is a factor of 2^512
-        weight = exp2_fast(__fmul_rn(weight, unit) - origin);
+        weight = exp2_fast(weight * slope - origin);
         sum += weight;
       }
       total[r] = total[r] * shrink[r] + sum;
