@@ -164,10 +164,10 @@ void move(Tensor to, OptionalTensor from, Tensor index, bool take) {
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("delta_matmul_cuda_compare", TORCH_BOX(&compare_frames));
-  m.impl("delta_matmul_cuda_send", TORCH_BOX(&send_chosen));
-  m.impl("delta_matmul_cuda_gate_backward", TORCH_BOX(&gate_backward));
-  m.impl("delta_matmul_cuda_move", TORCH_BOX(&move));
+  m.impl("delta_matmul_cuda_compare", TOKENOPS_CUDA_OPERATOR(compare_frames));
+  m.impl("delta_matmul_cuda_send", TOKENOPS_CUDA_OPERATOR(send_chosen));
+  m.impl("delta_matmul_cuda_gate_backward", TOKENOPS_CUDA_OPERATOR(gate_backward));
+  m.impl("delta_matmul_cuda_move", TOKENOPS_CUDA_OPERATOR(move));
 }
 
 }  // namespace tokenops

@@ -158,10 +158,10 @@ void replace(Tensor old_value, OptionalTensor old_key, OptionalTensor turn, Tens
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("delta_matmul_cuda_order", TORCH_BOX(&order));
-  m.impl("delta_matmul_cuda_exact", TORCH_BOX(&exact));
-  m.impl("delta_matmul_cuda_paper", TORCH_BOX(&paper));
-  m.impl("delta_matmul_cuda_replace", TORCH_BOX(&replace));
+  m.impl("delta_matmul_cuda_order", TOKENOPS_CUDA_OPERATOR(order));
+  m.impl("delta_matmul_cuda_exact", TOKENOPS_CUDA_OPERATOR(exact));
+  m.impl("delta_matmul_cuda_paper", TOKENOPS_CUDA_OPERATOR(paper));
+  m.impl("delta_matmul_cuda_replace", TOKENOPS_CUDA_OPERATOR(replace));
 }
 
 }  // namespace tokenops

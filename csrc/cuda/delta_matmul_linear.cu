@@ -151,9 +151,9 @@ void parameters(OptionalTensor of_weight, OptionalTensor of_bias, Tensor grad, T
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("delta_matmul_cuda_layer", TORCH_BOX(&run_layer));
-  m.impl("delta_matmul_cuda_normalize", TORCH_BOX(&normalize));
-  m.impl("delta_matmul_cuda_layer_parameters", TORCH_BOX(&parameters));
+  m.impl("delta_matmul_cuda_layer", TOKENOPS_CUDA_OPERATOR(run_layer));
+  m.impl("delta_matmul_cuda_normalize", TOKENOPS_CUDA_OPERATOR(normalize));
+  m.impl("delta_matmul_cuda_layer_parameters", TOKENOPS_CUDA_OPERATOR(parameters));
 }
 
 }  // namespace tokenops

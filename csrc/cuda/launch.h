@@ -24,18 +24,6 @@ void with_float(const char* name, const Tensor& t, F&& f) {
   with_half(name, t, f);
 }
 
-// One GPU tensor among the arguments is enough for the dispatcher, and a kernel would read the others wherever they are.
-inline void check_device(const Tensor& on, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cuda() == on.is_cuda() && t.get_device_index() == on.get_device_index(), "all tensors must be on one device");
-}
-inline void check_device(const Tensor& on, const OptionalTensor& t) {
-  if (t) check_device(on, *t);
-}
-template <class... Tensors>
-void check_devices(const Tensor& on, const Tensors&... others) {
-  (check_device(on, others), ...);
-}
-
 constexpr int64_t kMostBlocks = INT32_MAX;  // of a grid's first dimension
 
 #ifdef __CUDACC__
@@ -82,7 +70,33 @@ inline int processors(const Tensor&) { return 4; }
 
 #endif
 
-// TOKENOPS_CUDA_OPERATORS(m) { m.impl("name", TORCH_BOX(&function)); } at the end of a file
+// A function whose tensors must all be on one device. To the dispatcher a single GPU tensor is enough, and a kernel would read the others
+// wherever they are.
+template <auto Function>
+struct OnOneDevice;
+template <class Result, class... Arguments, Result (*Function)(Arguments...)>
+struct OnOneDevice<Function> {
+  static Result call(Arguments... arguments) {
+    const Tensor* first = nullptr;
+    (check(first, arguments), ...);
+    return Function(arguments...);
+  }
+
+ private:
+  static void check(const Tensor*& first, const Tensor& t) {
+    if (!first) first = &t;
+    STD_TORCH_CHECK(t.is_cuda() == first->is_cuda() && t.get_device_index() == first->get_device_index(),
+                    "all tensors must be on one device");
+  }
+  static void check(const Tensor*& first, const OptionalTensor& t) {
+    if (t) check(first, *t);
+  }
+  template <class Number>
+  static void check(const Tensor*&, const Number&) {}
+};
+
+// TOKENOPS_CUDA_OPERATORS(m) { m.impl("name", TOKENOPS_CUDA_OPERATOR(function)); } at the end of a file
+#define TOKENOPS_CUDA_OPERATOR(function) TORCH_BOX(&OnOneDevice<&function>::call)
 #define TOKENOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(tokenops, key, m)
 #define TOKENOPS_CUDA_OPERATORS(m) TOKENOPS_REGISTER(TOKENOPS_CUDA_KEY, m)
 

@@ -67,7 +67,6 @@ void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor
              OptionalTensor kv_index, OptionalTensor kv_bias, OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w,
              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool is_causal, double scale, int64_t most_queries, bool by_row) {
   ForwardArguments a{};
-  check_devices(query, out, lse, row_sq);
   a.p = problem_of(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   const int64_t batch = query.size(0);
   a.out = grid_of("out", out, query.scalar_type(), batch, a.p.heads, by_row ? a.p.rows : a.p.query_slots, a.p.value_width);
@@ -85,6 +84,6 @@ void forward(Tensor out, Tensor lse, OptionalTensor row_sq, Tensor query, Tensor
 
 }  // namespace
 
-TOKENOPS_CUDA_OPERATORS(m) { m.impl("sparse_attention_cuda_forward", TORCH_BOX(&forward)); }
+TOKENOPS_CUDA_OPERATORS(m) { m.impl("sparse_attention_cuda_forward", TOKENOPS_CUDA_OPERATOR(forward)); }
 
 }  // namespace tokenops

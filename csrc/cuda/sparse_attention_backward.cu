@@ -66,7 +66,6 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
               OptionalTensor attn_mask, OptionalTensor rel_h, OptionalTensor rel_w, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, bool is_causal, double scale, int64_t most_queries, int64_t most_keys) {
   BackwardArguments a{};
-  check_devices(query, grad_query, grad_key, grad_value, grad_bias, grad_rel_h, grad_rel_w, row_terms, cells, grad_out, out, lse);
   a.p = problem_of(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   AttentionProblem& p = a.p;
   const ScalarType dtype = query.scalar_type();
@@ -148,6 +147,6 @@ void backward(OptionalTensor grad_query, OptionalTensor grad_key, OptionalTensor
 
 }  // namespace
 
-TOKENOPS_CUDA_OPERATORS(m) { m.impl("sparse_attention_cuda_backward", TORCH_BOX(&backward)); }
+TOKENOPS_CUDA_OPERATORS(m) { m.impl("sparse_attention_cuda_backward", TOKENOPS_CUDA_OPERATOR(backward)); }
 
 }  // namespace tokenops

@@ -57,7 +57,6 @@ AttentionProblem problem_of(const Tensor& query, const Tensor& key, const Tensor
                             const OptionalTensor& rel_h, const OptionalTensor& rel_w, const OptionalTensor& cu_seqlens_q,
                             const OptionalTensor& cu_seqlens_k, bool causal, double scale) {
   AttentionProblem p{};
-  check_devices(query, key, value, q_index, kv_index, kv_bias, attn_mask, rel_h, rel_w, cu_seqlens_q, cu_seqlens_k);
   check_rank("query", query, 4);
   check_rank("key", key, 4);
   check_rank("value", value, 4);

@@ -54,6 +54,6 @@ void tile_product_of(Tensor product, Tensor a, Tensor b) {
 
 }  // namespace
 
-TOKENOPS_CUDA_OPERATORS(m) { m.impl("cuda_tile_product", TORCH_BOX(&tile_product_of)); }
+TOKENOPS_CUDA_OPERATORS(m) { m.impl("cuda_tile_product", TOKENOPS_CUDA_OPERATOR(tile_product_of)); }
 
 }  // namespace tokenops

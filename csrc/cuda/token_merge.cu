@@ -210,14 +210,14 @@ void unmerge(Tensor out, Tensor y, Tensor slot, Tensor order, Tensor offsets, st
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("token_merge_cuda_splits", TORCH_BOX(&splits));
-  m.impl("token_merge_cuda_argmax", TORCH_BOX(&argmax));
-  m.impl("token_merge_cuda_list", TORCH_BOX(&list));
-  m.impl("token_merge_cuda_match", TORCH_BOX(&match));
-  m.impl("token_merge_cuda_plan", TORCH_BOX(&make_plan));
-  m.impl("token_merge_cuda_merge", TORCH_BOX(&merge));
-  m.impl("token_merge_cuda_merge_backward", TORCH_BOX(&merge_gradients));
-  m.impl("token_merge_cuda_unmerge", TORCH_BOX(&unmerge));
+  m.impl("token_merge_cuda_splits", TOKENOPS_CUDA_OPERATOR(splits));
+  m.impl("token_merge_cuda_argmax", TOKENOPS_CUDA_OPERATOR(argmax));
+  m.impl("token_merge_cuda_list", TOKENOPS_CUDA_OPERATOR(list));
+  m.impl("token_merge_cuda_match", TOKENOPS_CUDA_OPERATOR(match));
+  m.impl("token_merge_cuda_plan", TOKENOPS_CUDA_OPERATOR(make_plan));
+  m.impl("token_merge_cuda_merge", TOKENOPS_CUDA_OPERATOR(merge));
+  m.impl("token_merge_cuda_merge_backward", TOKENOPS_CUDA_OPERATOR(merge_gradients));
+  m.impl("token_merge_cuda_unmerge", TOKENOPS_CUDA_OPERATOR(unmerge));
 }
 
 }  // namespace tokenops

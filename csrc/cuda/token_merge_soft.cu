@@ -178,8 +178,8 @@ void soft_backward(OptionalTensor grad_x, OptionalTensor grad_metric, OptionalTe
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("token_merge_cuda_soft", TORCH_BOX(&soft));
-  m.impl("token_merge_cuda_soft_backward", TORCH_BOX(&soft_backward));
+  m.impl("token_merge_cuda_soft", TOKENOPS_CUDA_OPERATOR(soft));
+  m.impl("token_merge_cuda_soft_backward", TOKENOPS_CUDA_OPERATOR(soft_backward));
 }
 
 }  // namespace tokenops

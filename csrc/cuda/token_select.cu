@@ -389,11 +389,11 @@ void unpack_tokens(Tensor x, OptionalTensor source, Tensor tokens, Tensor cu_seq
 }  // namespace
 
 TOKENOPS_CUDA_OPERATORS(m) {
-  m.impl("token_select_cuda_select", TORCH_BOX(&select));
-  m.impl("token_select_cuda_halt", TORCH_BOX(&halt));
-  m.impl("token_select_cuda_halt_backward", TORCH_BOX(&halt_gradients));
-  m.impl("token_select_cuda_pack", TORCH_BOX(&pack_tokens));
-  m.impl("token_select_cuda_unpack", TORCH_BOX(&unpack_tokens));
+  m.impl("token_select_cuda_select", TOKENOPS_CUDA_OPERATOR(select));
+  m.impl("token_select_cuda_halt", TOKENOPS_CUDA_OPERATOR(halt));
+  m.impl("token_select_cuda_halt_backward", TOKENOPS_CUDA_OPERATOR(halt_gradients));
+  m.impl("token_select_cuda_pack", TOKENOPS_CUDA_OPERATOR(pack_tokens));
+  m.impl("token_select_cuda_unpack", TOKENOPS_CUDA_OPERATOR(unpack_tokens));
 }
 
 }  // namespace tokenops
