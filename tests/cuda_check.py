@@ -2,7 +2,7 @@
 
 ``python tests/cuda_check.py`` (part of ``make gpu-check``) prints what each kernel in csrc/cuda takes of each architecture. It exits with 1
 on a spill, on a half-precision kernel without the tensor core instructions it should have, or on an error. That shared memory fits is
-asserted where a kernel asks for it (``shared_memory`` in csrc/cuda/ptx.cuh): more than there is does not compile.
+asserted where a kernel asks for it (``shared_memory`` in csrc/cuda/device.cuh): more than every architecture has does not compile.
 
 Compiling proves typing and resources; numbers are the emulator's (tests/emulator).
 """
@@ -28,7 +28,7 @@ import cubin
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90a", "sm_100")
-# consumer parts, with 99 KiB of shared memory
+# consumer parts
 ALL_ARCHS = (*ARCHS, "sm_86", "sm_89", "sm_120")
 # kernels that multiply matrices: in half precision that is the tensor cores' work
 PRODUCTS = {

@@ -12,6 +12,17 @@ namespace tokenops {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// bytes that a block may have on every architecture: 8.6 and 8.9, which run what is built for 8.0, and 12.0, which runs what is built for
+// 10.0, have no more
+constexpr size_t kMostShared = 99 << 10;
+
+// All shared memory of a kernel is one struct, whose size the launch is given.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  static_assert(sizeof(T) <= kMostShared, "more shared memory than there is");
+  return *static_cast<T*>(shared_begin(sizeof(T)));
+}
+
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 

@@ -51,21 +51,10 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
-// bytes of shared memory that a block may have
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr size_t kMostShared = 163 << 10;
-#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-constexpr size_t kMostShared = 99 << 10;
-#else
-constexpr size_t kMostShared = 227 << 10;
-#endif
-
-// All shared memory of a kernel is one struct, whose size the launch is given.
-template <class T>
-__device__ __forceinline__ T& shared_memory() {
-  static_assert(sizeof(T) <= kMostShared, "more shared memory than there is");
+// Where the shared memory of a block begins. The emulator wants to know how much of it a kernel uses.
+__device__ __forceinline__ void* shared_begin(size_t) {
   extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
-  return *reinterpret_cast<T*>(dynamic_shared_memory);
+  return dynamic_shared_memory;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }

@@ -7,7 +7,6 @@ namespace {
 
 template <class Shape>
 void launch_forward(const Tensor& on, ForwardArguments a, int64_t batch) {
-  static_assert(sizeof(typename Shape::Shared) <= kShared);
   a.blocks = static_cast<int>(blocks_of(a.p.query_slots, Shape::kRows, a.p.cu_seqlens_q != nullptr, a.p.sequences));
   a.teams = a.blocks * batch * a.p.heads;
   launch(on, attention_forward<Shape>, (a.teams + Shape::kTeams - 1) / Shape::kTeams, Shape::kThreads, sizeof(typename Shape::Shared), a);

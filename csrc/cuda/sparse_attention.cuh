@@ -10,8 +10,11 @@
 namespace tokenops {
 namespace {
 
-// bytes that a block may have on every architecture that we serve: 99 KB on sm_86, sm_89 and sm_120
-constexpr size_t kShared = 99 << 10;
+// How many teams of so many warps and bytes share a thread block: of one warp as many as fit, four at most.
+constexpr int teams_of_block(int warps, size_t bytes) {
+  return warps > 1 ? 1 : 4 * bytes <= kMostShared ? 4 : 2 * bytes <= kMostShared ? 2 : 1;
+}
+
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.402823466e38f, kInfinity = __builtin_huge_valf();
 

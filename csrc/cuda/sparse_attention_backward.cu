@@ -24,7 +24,6 @@ struct BackwardShapes {
 
 template <class Shape>
 void launch_backward(const Tensor& on, BackwardArguments a, int64_t batch) {
-  static_assert(sizeof(typename Shape::Shared) <= kShared);
   const AttentionProblem& p = a.p;
   const bool packed = p.cu_seqlens_q != nullptr;
   a.blocks = static_cast<int>(blocks_of(Shape::kOwnsKeys ? p.key_slots : p.query_slots, Shape::kRows, packed, p.sequences));

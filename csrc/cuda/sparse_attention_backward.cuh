@@ -66,8 +66,7 @@ struct BackwardShape {
     Span slots;
     int partial[2][Warps];
   };
-  // what fits a block of any architecture
-  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kTeams = teams_of_block(Warps, sizeof(Team));
   static constexpr int kThreads = kTeams * kTeam;
   struct Shared {
     Team team[kTeams];

@@ -48,7 +48,7 @@ struct ForwardShape {
     float highest[Split ? Warps : 1][kWarpRows], total[Split ? Warps : 1][kWarpRows];
   };
   // what fits a block of any architecture
-  static constexpr int kTeams = Warps > 1 ? 1 : sizeof(Team) <= (24 << 10) ? 4 : sizeof(Team) <= (48 << 10) ? 2 : 1;
+  static constexpr int kTeams = teams_of_block(Warps, sizeof(Team));
   static constexpr int kThreads = kTeams * kTeam;
   struct Shared {
     Team team[kTeams];

@@ -95,8 +95,6 @@ struct GatherShared {
   float sums[2][kSoftWarps][kMetas];
   float partial[kSoftWarps];
 };
-// capabilities 8.6 and 8.9 run what is built for 8.0, and 12.0 what is built for 10.0; a block has no more there
-static_assert(sizeof(GatherShared<float, true>) <= 99 << 10);
 
 // Sums of rows times weights, or times gradients of similarities:
 // by meta token, over tokens: merged rows (of x), gradients of meta (of metric); by token, over meta tokens: gradients of x (of grad_out),

@@ -245,12 +245,11 @@ inline float exp2_fast(float x) {
 }
 inline float log2_fast(float x) { return log2f(x < 1.17549435e-38f && x > 0.0f ? 0.0f : x); }
 
-template <class T>
-T& shared_memory() {
-  if (sizeof(T) > emulator::shared_bytes())
-    emulator::fail("a kernel has " + std::to_string(sizeof(T)) + " bytes of shared memory, and its launch gives it " +
+inline void* shared_begin(size_t bytes) {
+  if (bytes > emulator::shared_bytes())
+    emulator::fail("a kernel has " + std::to_string(bytes) + " bytes of shared memory, and its launch gives it " +
                    std::to_string(emulator::shared_bytes()));
-  return *static_cast<T*>(emulator::shared_memory());
+  return emulator::shared_memory();
 }
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) { emulator::start_copy(shared, valid ? global : nullptr, 16); }
