@@ -29,11 +29,23 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]
     yield "select_tokens", [index.index, index.count]
     attention = {"q_index": index, "kv_index": index, "kv_bias": torch.rand(2, 150, device=device), "backend": "cuda"}
     yield "sparse_attention", gradients(tokenops.sparse_attention(q, k, v, **attention), q, k, v)
+    biases = randn(2, 3, 150, 10), randn(2, 3, 150, 15)
+    attention = {"attn_mask": torch.rand(150, 150, device=device) < 0.5, "rel_pos": biases, "is_causal": True, "backend": "cuda"}
+    yield "sparse_attention, mask and rel_pos", gradients(tokenops.sparse_attention(q, k, v, **attention), q, k, v, *biases)
+    grids = randn(150, 3, 64), randn(150, 3, 64), randn(150, 3, 64)
+    bounds = torch.tensor([0, 41, 41, 150], device=device, dtype=torch.int32)
+    yield "sparse_attention_varlen", gradients(tokenops.sparse_attention_varlen(*grids, bounds, bounds, backend="cuda"), *grids)
     short = randn(7, 3, 16, 64)
     yield "sparse_attention, short", gradients(tokenops.sparse_attention(short, short, short, backend="cuda"), short)
     x = randn(2, 150, 72)
-    packed, _ = tokenops.pack_tokens(x, index, backend="cuda")
+    packed, bounds = tokenops.pack_tokens(x, index, backend="cuda")
     yield "pack_tokens", gradients(packed, x)
+    rows = packed.detach().requires_grad_()
+    yield "unpack_tokens", gradients(tokenops.unpack_tokens(rows, bounds, index, n=150, backend="cuda"), rows)
+    state = tokenops.halt_tokens(x, scale=10.0, center=0.0, backend="cuda")
+    state = tokenops.halt_tokens(x, state, scale=10.0, center=0.0, last=True, backend="cuda")
+    yield "halt_tokens", gradients(state.out, x)
+    yield "pairwise_argmax", list(tokenops.pairwise_argmax(x.detach(), packed.detach()[None, :60].expand(2, -1, -1), backend="cuda"))
     plan = tokenops.match_tokens(x.detach(), r=40, class_token=True, backend="cuda")
     merged = tokenops.merge_tokens(x, plan, backend="cuda")
     yield "merge_tokens", gradients(merged, x)
@@ -46,12 +58,21 @@ def calls(device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]
     yield "delta_gate", [gate.index, gate.values]
     weight = randn(96, 72)
     yield "gathered_linear", gradients(tokenops.gathered_linear(x, weight, index=gate.index, backend="cuda"), x, weight)
+    parts, norm = (randn(96, 72), randn(96), randn(72, 96), randn(72)), (randn(72), randn(72))
+    mlp = tokenops.gathered_mlp(x, *parts, index=gate.index, norm=norm, backend="cuda")
+    yield "gathered_mlp", gradients(mlp, x, *parts, *norm)
+    rows = mlp.detach().requires_grad_()
+    yield "update_tokens", gradients(tokenops.update_tokens(x, rows, index=gate.index, backend="cuda"), x, rows)
 
-    first, state = tokenops.delta_attention(q, k, v, None, None, backend="cuda")
-    yield "delta_attention, flush", gradients(first, q, k, v)
-    # nothing has changed in the rows that are listed, which is as good a change as any
-    again, _ = tokenops.delta_attention(q.detach(), k.detach(), v.detach(), index, state, backend="cuda")
-    yield "delta_attention", [again]
+    for mode in ("exact", "paper"):
+        first, state = tokenops.delta_attention(q, k, v, mode=mode, backend="cuda")
+        yield f"delta_attention, {mode}, first frame", gradients(first, q, k, v)
+        # nothing has changed in the rows that are listed, which is as good a change as any
+        grids = q.detach(), k.detach(), v.detach()
+        yield f"delta_attention, {mode}", [tokenops.delta_attention(*grids, gate, state, mode=mode, backend="cuda")[0]]
+    first, state = tokenops.delta_window_attention(*grids, grid=(10, 15), window=(5, 5), backend="cuda")
+    again, _ = tokenops.delta_window_attention(*grids, gate, state, grid=(10, 15), window=(5, 5), backend="cuda")
+    yield "delta_window_attention", [first, again]
 
 
 def main() -> int:
