@@ -1,20 +1,21 @@
 """The first hour on a GPU, in minutes: ``make gpu-test``.
 
-In this order, each in processes of its own: one tile of a matrix product, which says whether the emulator has its instructions right;
-the tests of every operation on both GPU backends, files beside each other; compute-sanitizer over calls of every operation. What fails does
-not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
+First one tile of a matrix product, which says whether the emulator has its instructions right. Then, beside each other and each in a
+process of its own: compute-sanitizer over calls of every operation, and the tests of every operation on both GPU backends, file by file.
+What fails does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ ROOMS = ("sparse_attention", "token_select", "token_merge", "delta_matmul")
 TOOLS = ("memcheck", "racecheck")
 # what our kernels' mangled names have in them: torch's are watched elsewhere, and take time
 OURS = ("--kernel-regex", "kns=8tokenops")
+# Triton compiles several kernels for almost every test: the largest files are shared out among processes
+SHARED = 25_000  # bytes
 # every tensor a block of its own: in torch's pool the bytes behind one are another's, and no error
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -65,10 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=5.0, help="what is not done by then is cut off (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="files beside each other")
+    parser.add_argument("--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))), help="files beside each other")
     parser.add_argument("-k", dest="expression", default="", help="only tests that match, as pytest's -k")
     options = parser.parse_args(arguments)
-    backends = ("triton", "cuda") if options.device == "cuda" else ("cuda",)
     stop = time.monotonic() + 60 * options.minutes
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
@@ -76,20 +78,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return max(1.0, stop - time.monotonic())
 
     good = report(run("one tile of a matrix product", [*pytest, HERE / "test_tile_product.py"], options.device, left()))
-    chosen = [*pytest, *(f"--backend={backend}" for backend in backends), *(["-k", options.expression] if options.expression else [])]
-    # the longest first
-    files = sorted((file for room in ROOMS for file in HERE.glob(f"test_{room}*.py")), key=lambda file: -file.stat().st_size)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(lambda file: run(file.stem, [*chosen, file], options.device, left()), files):
-            good &= report(result)
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}")
     calls = [sys.executable, HERE / "gpu_calls.py", options.device]
+    steps: list[tuple[str, list[str | Path], Mapping[str, str]]] = []
     if options.device == "cuda" and sanitizer:
-        for tool in TOOLS:
-            good &= report(run(tool, [sanitizer, "--tool", tool, *OURS, "--error-exitcode", "9", *calls], options.device, left(), UNPOOLED))
+        steps += [(tool, [sanitizer, "--tool", tool, *OURS, "--error-exitcode", "9", *calls], UNPOOLED) for tool in TOOLS]
     else:
         print("compute-sanitizer: not here; the calls run without it")
-        good &= report(run("a few calls of every operation", calls, options.device, left()))
+        steps.append(("calls of every operation", calls, {}))
+    pytest += ["-k", options.expression] if options.expression else []
+    files = [file for room in ROOMS for file in HERE.glob(f"test_{room}*.py")]
+    # what takes longest first
+    for backend in ("triton", "cuda") if options.device == "cuda" else ("cuda",):
+        for file in sorted(files, key=lambda file: -file.stat().st_size):
+            shared = backend == "triton" and file.stat().st_size > SHARED and importlib.util.find_spec("xdist")
+            beside = ["-n", "4", "--dist", "worksteal"] if shared else []
+            steps.append((f"{file.stem}, {backend}", [*pytest, *beside, f"--backend={backend}", file], {}))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # the limit is what is left when a step begins
+        begun = [pool.submit(lambda step: run(*step[:2], options.device, left(), step[2]), step) for step in steps]
+        for done in as_completed(begun):
+            good &= report(done.result())
     return 0 if good else 1
 
 
