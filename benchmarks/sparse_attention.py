@@ -200,26 +200,30 @@ def example_objections(device: str) -> dict[str, list[str]]:
 
 
 def _expected(inputs: Inputs, differentiate: bool) -> Results:
-    """The definition in float64, sample by sample to bound the memory."""
-    samples = []
-    for b in range(len(inputs.query)):
-        index = inputs.token_index if inputs.token_index is None or inputs.token_index.dim() == 1 else inputs.token_index[b : b + 1]
+    """The definition in float64, a few samples at a time to bound the memory."""
+    batch, heads, tokens, _ = inputs.query.shape
+    slots = tokens if inputs.token_index is None else inputs.token_index.shape[-1]
+    few = max(1, (1 << 24) // (heads * slots * slots))
+    parts = []
+    for begin in range(0, batch, few):
+        some = slice(begin, begin + few)
+        index = inputs.token_index if inputs.token_index is None or inputs.token_index.dim() == 1 else inputs.token_index[some]
         problem = _problem(
             inputs._replace(
-                query=inputs.query[b : b + 1].double(),
-                key=inputs.key[b : b + 1].double(),
-                value=inputs.value[b : b + 1].double(),
+                query=inputs.query[some].double(),
+                key=inputs.key[some].double(),
+                value=inputs.value[some].double(),
                 token_index=index,
-                bias=None if inputs.bias is None else inputs.bias[b : b + 1].double(),
-                rel_pos=None if inputs.rel_pos is None else (inputs.rel_pos[0][b : b + 1].double(), inputs.rel_pos[1][b : b + 1].double()),
+                bias=None if inputs.bias is None else inputs.bias[some].double(),
+                rel_pos=None if inputs.rel_pos is None else (inputs.rel_pos[0][some].double(), inputs.rel_pos[1][some].double()),
             )
         )
         results = [reference.attention(problem).out]
         if differentiate:
-            gradients = reference.gradients(problem, inputs.grad_out[b : b + 1].double())
+            gradients = reference.gradients(problem, inputs.grad_out[some].double())
             results += [getattr(gradients, name) for name in _needs(differentiate, inputs)]
-        samples.append(results)
-    return tuple(torch.cat(result) for result in zip(*samples, strict=True))
+        parts.append(results)
+    return tuple(torch.cat(result) for result in zip(*parts, strict=True))
 
 
 def _contenders(case: Case, inputs: Inputs, request: Request) -> Iterator[Contender]:
