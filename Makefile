@@ -76,7 +76,7 @@ sanitize: $(library)
 	TOKENOPS_SANITIZE=1 TOKENOPS_EMULATED=1 TOKENOPS_BUILD=cpu $(python) setup.py --quiet build --build-lib build/sanitize/lib
 	isas=$$($(python) -c 'from tokenops import native; print(*native.cpu_isas())'); \
 	for test in $(patsubst tests/cpp/%.cpp,build/sanitize/%,$(wildcard tests/cpp/test_*.cpp)); do $$test $$isas || exit 1; done
-	$(sanitized) -k "(cpu or cuda or emulator) and not (compile or benchmark or interpreter or cuda_check) or record_describes" $(ARGS)
+	$(sanitized) -k "(cpu or cuda or emulator) and not (compile or benchmark or interpreter or cuda_check or one_build) or record_describes" $(ARGS)
 	$(sanitized) -m full -k many_calls_in_any_order
 
 bench: $(library)
