@@ -152,6 +152,26 @@ def zero_rows_and_no_mass() -> None:
 
 
 @CHECKS.add
+def a_denormal_mass() -> None:
+    """Of a meta token that resembles no token. One over it is no number, but its mean and the gradients are."""
+    metric, meta = torch.zeros(1, 40, 8), torch.zeros(1, 3, 8)
+    metric[..., 0], metric[..., 1] = 1.0, torch.arange(40) * 0.01
+    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
+    problem = SoftMergeProblem(tensor(1, 40, 24), metric, meta, torch.tensor(0.1), torch.full((1, 40), 1e-36), True)
+    given = tensor(1, 3, 24, seed=3), torch.zeros(1, 3)
+    out, mass, _, *grads = _run(problem, *given)
+    assert mass is not None
+    assert 0.0 < mass[0, 2].item() < 2.0**-128
+    wide = problem._replace(**{name: t.double() for name, t in problem._asdict().items() if isinstance(t, Tensor)})
+    want = reference.soft_gradients(wide, *(grad.double() for grad in given))
+    # but for the gradient of the masses, which is as large as they are small
+    for have, expect in zip((out, *grads[:4]), (reference.assigned(wide)[0], *want[:4]), strict=True):
+        assert have is not None
+        # what cancels is as large as the largest of them
+        torch.testing.assert_close(have.double(), expect, rtol=1e-3, atol=1e-3 * float(expect.abs().max()))
+
+
+@CHECKS.add
 def tokens_give_away_what_they_have_at_any_temperature() -> None:
     """Weights come from scores that were multiplied a second time; cold ones differ by a percent if they are rounded differently."""
     problem = _problem(tokens=200, metas=80, width=100, mass=masses(2, 200), temperature=1e-5)
