@@ -151,13 +151,25 @@ def zero_rows_and_no_mass() -> None:
     assert of_mass.count_nonzero() > 0
 
 
+def _beside_the_tokens(temperature: float, dtype: torch.dtype = torch.float32) -> SoftMergeProblem:
+    """The last meta token resembles no token."""
+    metric, meta = torch.zeros(1, 100, 8), torch.zeros(1, 3, 8)
+    metric[..., 0], metric[..., 1] = 1.0, torch.arange(100) * 0.004
+    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
+    return SoftMergeProblem(tensor(1, 100, 24, dtype=dtype), metric.to(dtype), meta.to(dtype), torch.tensor(temperature), None, True)
+
+
+@CHECKS.add
+def next_to_nothing_is_averaged_too() -> None:
+    """Weights that half types do not hold."""
+    for dtype in DTYPES.values():
+        _is_the_definition(_beside_the_tokens(0.04, dtype))
+
+
 @CHECKS.add
 def a_denormal_mass() -> None:
-    """Of a meta token that resembles no token. One over it is no number, but its mean and the gradients are."""
-    metric, meta = torch.zeros(1, 40, 8), torch.zeros(1, 3, 8)
-    metric[..., 0], metric[..., 1] = 1.0, torch.arange(40) * 0.01
-    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
-    problem = SoftMergeProblem(tensor(1, 40, 24), metric, meta, torch.tensor(0.1), torch.full((1, 40), 1e-36), True)
+    """One over it is no number, but its mean and the gradients are."""
+    problem = _beside_the_tokens(0.1)._replace(mass=torch.full((1, 100), 1e-36))
     given = tensor(1, 3, 24, seed=3), torch.zeros(1, 3)
     out, mass, _, *grads = _run(problem, *given)
     assert mass is not None

@@ -265,6 +265,9 @@ def collect(
     mass = tl.zeros([BLOCK_M], tl.float32)
     rounded = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    # float16 loses the weights of a meta token that resembles no token: there they count in the highest one so far
+    RELATIVE: tl.constexpr = x.dtype.element_ty == tl.float16
+    highest = tl.zeros([BLOCK_M], tl.float32)
     for n_first in range(0, N, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
         here = n < N
@@ -276,8 +279,15 @@ def collect(
         w = tl.exp2(scores - _vector(origin, n, here)[:, None]) * _vector(weight, n, here)[:, None]
         w = tl.where(exists[None, :], w, 0.0)
         rows = _tile(x, n_first, here, x_strides[1], channel, C, BLOCK_N)
-        narrow = w.to(rows.dtype)
         mass += tl.sum(w, 0)
+        if RELATIVE:
+            above = tl.maximum(highest, tl.max(w, 0))
+            unit = tl.where(above == 0.0, 1.0, above)
+            w = w / unit[None, :]
+            rounded *= highest / unit
+            total *= (highest / unit)[:, None]
+            highest = above
+        narrow = w.to(rows.dtype)
         rounded += tl.sum(narrow.to(tl.float32), 0)
         total = tl.dot(tl.trans(narrow), rows, total, input_precision=PRECISION)
     # by the sum of the rounded weights: else means are off by its rounding, and gradients are differences of means
