@@ -44,12 +44,15 @@ REFUSALS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", action="append", help="only tests of this backend, which must be able to run; repeatable")
+    parser.addoption("--unnamed", action="store_true", help="only tests on the device that leave it to the call which backend serves")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, what no backend takes part in is left out."""
-    if config.getoption("--backend"):
-        items[:] = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+    """With --backend, what no backend takes part in is left out; --unnamed is for that of it which runs on the device."""
+    named, unnamed = config.getoption("--backend"), config.getoption("--unnamed")
+    if named or unnamed:
+        used = [(item, getattr(item, "fixturenames", ())) for item in items]
+        items[:] = [item for item, names in used if ("backend" in names if named else "device" in names and "backend" not in names)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,7 +1,8 @@
 """The first hour on a GPU, in minutes: ``make gpu-test``.
 
 First one tile of a matrix product, which says whether the emulator has its instructions right. Then, beside each other and each in a
-process of its own: compute-sanitizer over calls of every operation, and the tests of every operation on both GPU backends, file by file.
+process of its own: compute-sanitizer over calls of every operation, the tests of every operation on both GPU backends, file by file, and
+those that name no backend (compiled, exported and mapped calls).
 What fails does not keep the rest from running. ``--device cpu`` rehearses it: the CUDA kernels run emulated, and there is no sanitizer.
 """
 
@@ -88,12 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps.append(("calls of every operation", calls, {}))
     pytest += ["-k", options.expression] if options.expression else []
     files = [file for room in ROOMS for file in HERE.glob(f"test_{room}*.py")]
+    beside = ["-n", "4", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    steps.append(("what names no backend", [*pytest, *beside, "--unnamed", *files], {}))
     # what takes longest first
     for backend in ("triton", "cuda") if options.device == "cuda" else ("cuda",):
         for file in sorted(files, key=lambda file: -file.stat().st_size):
-            shared = backend == "triton" and file.stat().st_size > SHARED and importlib.util.find_spec("xdist")
-            beside = ["-n", "4", "--dist", "worksteal"] if shared else []
-            steps.append((f"{file.stem}, {backend}", [*pytest, *beside, f"--backend={backend}", file], {}))
+            shared = beside if backend == "triton" and file.stat().st_size > SHARED else []
+            steps.append((f"{file.stem}, {backend}", [*pytest, *shared, f"--backend={backend}", file], {}))
     with ThreadPoolExecutor(options.jobs) as pool:
         # the limit is what is left when a step begins
         begun = [pool.submit(lambda step: run(*step[:2], options.device, left(), step[2]), step) for step in steps]

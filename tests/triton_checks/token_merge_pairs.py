@@ -127,6 +127,19 @@ def rows_that_are_no_numbers_never_win() -> None:
 
 
 @CHECKS.add
+def an_infinite_scale_of_a_zero_row() -> None:
+    """Such a row is nobody's best, and its own best is the first one, at no score. Whether or not the columns are shared out."""
+    a, zeros, scale = tensor(1, 5, 8), torch.zeros(1, 200, 8), torch.full((1, 200), math.inf)
+    best, index = found(problem_of(a, zeros)._replace(b_scale=scale))
+    assert (best == -math.inf).all()
+    assert (index == -1).all()
+    for splits in (None, 2):
+        best, index = found(problem_of(zeros, a.repeat(1, 40, 1))._replace(a_scale=scale), splits)
+        assert best.isnan().all()
+        assert index.count_nonzero() == 0
+
+
+@CHECKS.add
 def places_may_be_any_integers() -> None:
     low, high = -(2**31), 2**31 - 1
     places = torch.tensor([low, low + 1, -1, 0, 1, high - 1, high], dtype=torch.int32)

@@ -121,6 +121,22 @@ def the_only_member_is_copied() -> None:
 
 
 @CHECKS.add
+def denormal_sizes() -> None:
+    """One over a mass that small is no number, but a mean and its gradient are."""
+    plan = reference.plan_of(torch.tensor([[0, 0, 0, 1]]), True, 2)
+    x, size, grad_out = tensor(1, 4, 50), torch.tensor([[1.0, 2.0, 3.0, 1.0]]), tensor(1, 2, 50, seed=1)
+    got, want = [], []
+    for results, factor in ((want, 1.0), (got, 2.0**-145)):
+        out, grad = x.new_full((1, 2, 50), 7), torch.full_like(x, 7)
+        launchers.merge(x, plan, size * factor, "mean", out)
+        launchers.merge_backward(grad_out, None, None, plan, size * factor, "mean", grad, None)
+        results += [out, grad]
+    # products with such sizes keep few bits
+    torch.testing.assert_close(got[0], want[0], rtol=0.1, atol=0.1)
+    assert torch.equal(got[1], want[1])
+
+
+@CHECKS.add
 def special_maxima() -> None:
     plan = reference.plan_of(torch.zeros(1, 3, dtype=torch.int32), True, 1)
     for at in range(3):

@@ -151,6 +151,38 @@ def zero_rows_and_no_mass() -> None:
     assert of_mass.count_nonzero() > 0
 
 
+def _beside_the_tokens(temperature: float, dtype: torch.dtype = torch.float32) -> SoftMergeProblem:
+    """The last meta token resembles no token."""
+    metric, meta = torch.zeros(1, 100, 8), torch.zeros(1, 3, 8)
+    metric[..., 0], metric[..., 1] = 1.0, torch.arange(100) * 0.004
+    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
+    return SoftMergeProblem(tensor(1, 100, 24, dtype=dtype), metric.to(dtype), meta.to(dtype), torch.tensor(temperature), None, True)
+
+
+@CHECKS.add
+def next_to_nothing_is_averaged_too() -> None:
+    """Weights that half types do not hold."""
+    for dtype in DTYPES.values():
+        _is_the_definition(_beside_the_tokens(0.04, dtype))
+
+
+@CHECKS.add
+def a_denormal_mass() -> None:
+    """One over it is no number, but its mean and the gradients are."""
+    problem = _beside_the_tokens(0.1)._replace(mass=torch.full((1, 100), 1e-36))
+    given = tensor(1, 3, 24, seed=3), torch.zeros(1, 3)
+    out, mass, _, *grads = _run(problem, *given)
+    assert mass is not None
+    assert 0.0 < mass[0, 2].item() < 2.0**-128
+    wide = problem._replace(**{name: t.double() for name, t in problem._asdict().items() if isinstance(t, Tensor)})
+    want = reference.soft_gradients(wide, *(grad.double() for grad in given))
+    # but for the gradient of the masses, which is as large as they are small
+    for have, expect in zip((out, *grads[:4]), (reference.assigned(wide)[0], *want[:4]), strict=True):
+        assert have is not None
+        # what cancels is as large as the largest of them
+        torch.testing.assert_close(have.double(), expect, rtol=1e-3, atol=1e-3 * float(expect.abs().max()))
+
+
 @CHECKS.add
 def tokens_give_away_what_they_have_at_any_temperature() -> None:
     """Weights come from scores that were multiplied a second time; cold ones differ by a percent if they are rounded differently."""

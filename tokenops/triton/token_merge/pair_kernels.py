@@ -241,6 +241,7 @@ def search(
     b_rows,  # [B, NB] int32 or None
     a_count,  # [B] int32 or None
     b_count,
+    a_mask,  # [1|B, NA] bytes or None
     a_factor,  # what describe says of both
     b_factor,
     a_shrink,
@@ -254,6 +255,7 @@ def search(
     index,  # [splits, B, NA] int32, by slot: a row of b, to be called first_id + row * id_step
     a_strides,
     b_strides,
+    a_mask_strides,
     a_place_strides,
     b_place_strides,
     NA,
@@ -288,10 +290,12 @@ def search(
         b_rows += sample * NB
     a += sample * a_strides[0] * UNIT
     b += sample * b_strides[0] * UNIT
-    ids, _ = _rows_at(a_rows, slots, a_end, NA)
+    ids, takes_part = _rows_at(a_rows, slots, a_end, NA)
+    if a_mask is not None:
+        masked_in = tl.load(a_mask + sample * a_mask_strides[0] + ids.to(tl.int64) * a_mask_strides[1], mask=takes_part, other=0) != 0
+        takes_part = takes_part & masked_in
+    # NaN also for a row of zeros with an infinite scale, which has a winner all the same
     factor = tl.load(a_factor + sample * a_blocks * BLOCK_A + slots)
-    # NaN is not equal to itself
-    takes_part = factor == factor
     b_factor += sample * b_blocks * BLOCK_B
     first = 0
     last = tl.cdiv(b_end, BLOCK_B)

@@ -107,7 +107,8 @@ def merge_rows(
                 # the only member is copied: times its size and divided by it would round
                 merged += row * tl.where(single & there, 1.0, weight)[:, None]
     if MODE == "mean":
-        merged *= (1.0 / tl.where(single | (mass == 0.0), 1.0, mass))[:, None]
+        # not times a reciprocal, which overflows where sizes are denormal
+        merged = merged / tl.where(single | (mass == 0.0), 1.0, mass)[:, None]
     # nobody's row, or a mean without mass
     merged = _or_zero(merged, mass != 0.0)
     tl.store(
@@ -116,11 +117,11 @@ def merge_rows(
 
 
 @triton.jit(do_not_specialize=["N", "rows_out", "blocks"])
-def invert_masses(
+def add_masses(
     order,  # [1|B, N] int32
     offsets,  # [1|B, rows_out + 1] int32
     size,  # [1|B, N] float32 or None
-    inverse,  # [1|B, rows_out] float32
+    mass,  # [1|B, rows_out] float32
     order_strides,
     offsets_strides,
     size_strides,
@@ -129,7 +130,7 @@ def invert_masses(
     blocks,
     BLOCK_N: tl.constexpr,
 ):
-    """One over the mass of each output row; 0 without mass, where nothing depends on the members."""
+    """What the members of each output row weigh."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = rows < rows_out
@@ -137,13 +138,12 @@ def invert_masses(
     if size is not None:
         size += b * size_strides[0]
     begin, count = _segments(offsets + b * offsets_strides[0], rows, exists, offsets_strides[1], N)
-    mass = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, tl.max(count, 0), AHEAD):
         for step in tl.static_range(AHEAD):
             ids, there = _members(order, begin, first + step, count, order_strides[1], N)
-            mass += _sizes(size, ids, there, size_strides[1])
-    result = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
-    tl.store(inverse + b * rows_out + rows, result, mask=exists)
+            total += _sizes(size, ids, there, size_strides[1])
+    tl.store(mass + b * rows_out + rows, total, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "rows_out", "blocks"])
@@ -152,8 +152,8 @@ def spread_rows(
     slot,  # [1|B, N] int32
     order,  # [1|B, N] int32; read with KEEP only
     offsets,  # [1|B, rows_out + 1] int32
-    inverse,  # [1|B, rows_out] float32, or None: rows are copied
-    size,  # [1|B, N] float32 or None; read beside inverse only
+    mass,  # [1|B, rows_out] float32, or None: rows are copied
+    size,  # [1|B, N] float32 or None; read beside mass only
     x,  # [B, N, W]; with merged, for the gradient of the size
     merged,  # [B, rows_out, W]
     out,  # [B, N, W] or None
@@ -162,7 +162,7 @@ def spread_rows(
     slot_strides,
     order_strides,
     offsets_strides,
-    inverse_strides,
+    mass_strides,
     size_strides,
     x_strides,
     merged_strides,
@@ -187,11 +187,16 @@ def spread_rows(
         begin, count = _segments(offsets + b * offsets_strides[0], rows, here, offsets_strides[1], N)
         destination, there = _members(order + b * order_strides[0], begin, 0, count, order_strides[1], N)
         here = there & (destination == tokens)
-    if inverse is not None:
-        by = tl.load(inverse + b * inverse_strides[0] + rows, mask=here, other=0.0)
-        weight = by
+    if mass is not None:
+        total = tl.load(mass + b * mass_strides[0] + rows, mask=here, other=0.0)
+        # nothing depends on the members of a row without mass
+        counts = total != 0.0
+        divisor = tl.where(counts, total, 1.0)
+        own = tl.full([BLOCK_N], 1.0, tl.float32)
         if size is not None:
-            weight *= tl.load(size + b * size_strides[0] + tokens.to(tl.int64) * size_strides[1], mask=here, other=0.0)
+            own = tl.load(size + b * size_strides[0] + tokens.to(tl.int64) * size_strides[1], mask=here, other=0.0)
+        # a size may be as small as the mass, whose reciprocal overflows: the two are divided
+        weight = tl.where(counts, own / divisor, 0.0)
     if grad_size is not None:
         x += b * x_strides[0]
         merged += b * merged_strides[0]
@@ -206,13 +211,13 @@ def spread_rows(
             away -= tl.load(_rows_of(merged, rows, merged_strides[1], column), mask=read, other=0.0).to(tl.float32)
             products += row * away
         if out is not None:
-            if inverse is not None:
+            if mass is not None:
                 row *= weight[:, None]
             target = _rows_of(out + b * out_strides[0], tokens, out_strides[1], column)
             tl.store(target, row.to(out.dtype.element_ty), mask=exists[:, None] & within)
     if grad_size is not None:
         target = grad_size + b * grad_size_strides[0] + tokens.to(tl.int64) * grad_size_strides[1]
-        tl.store(target, tl.sum(products, 1) * by, mask=exists)
+        tl.store(target, tl.where(counts, tl.sum(products, 1) / divisor, 0.0), mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "rows_out", "blocks"])

@@ -60,7 +60,7 @@ def merge_backward(
 ) -> None:
     """Fills grad_x [B, N, W] and grad_size [B, N], where wanted, from grad_out [B, n_out, W]."""
     if mode == "mean":
-        _spread(grad_out, plan, grad_x, inverse=_inverse_masses(plan, size), size=size, x=x, merged=out, grad_size=grad_size)
+        _spread(grad_out, plan, grad_x, mass=_masses(plan, size), size=size, x=x, merged=out, grad_size=grad_size)
     elif grad_x is None:
         return
     elif mode == "amax":
@@ -82,11 +82,11 @@ def _spread(
     out: Tensor | None,
     *,
     keep: bool = False,
-    inverse: Tensor | None = None,
+    mass: Tensor | None = None,
     grad_size: Tensor | None = None,
     **others: Tensor | None,
 ) -> None:
-    """Rows to members; ``inverse`` and the like as the kernel says."""
+    """Rows to members; ``mass`` and the like as the kernel says."""
     from tokenops.triton.token_merge import segment_kernels as kernels
 
     batch, rows, width = y.shape
@@ -99,7 +99,7 @@ def _spread(
         "order": plan.order,
         "offsets": plan.offsets,
         "out": out,
-        "inverse": inverse,
+        "mass": mass,
         "grad_size": grad_size,
         **dict.fromkeys(("size", "x", "merged")),
         **others,
@@ -121,22 +121,22 @@ def _spread(
     )
 
 
-def _inverse_masses(plan: MergePlan, size: Tensor | None) -> Tensor:
+def _masses(plan: MergePlan, size: Tensor | None) -> Tensor:
     """[1|B, n_out]"""
     from tokenops.triton.token_merge import segment_kernels as kernels
 
     batch = plan.slot.shape[0] if size is None else max(plan.slot.shape[0], size.shape[0])
-    inverse = torch.empty((batch, plan.n_out), dtype=torch.float32, device=plan.slot.device)
+    mass = torch.empty((batch, plan.n_out), dtype=torch.float32, device=plan.slot.device)
     block = 128
     blocks = -(-plan.n_out // block)
     launch(
-        kernels.invert_masses,
+        kernels.add_masses,
         batch * blocks,
-        inverse,
+        mass,
         order=plan.order,
         offsets=plan.offsets,
         size=size,
-        inverse=inverse,
+        mass=mass,
         order_strides=row_strides(plan.order),
         offsets_strides=row_strides(plan.offsets),
         size_strides=row_strides(size),
@@ -146,7 +146,7 @@ def _inverse_masses(plan: MergePlan, size: Tensor | None) -> Tensor:
         BLOCK_N=block,
         num_warps=4,
     )
-    return inverse
+    return mass
 
 
 def _share_maxima(grad_out: Tensor, x: Tensor, out: Tensor, plan: MergePlan, grad_x: Tensor) -> None:

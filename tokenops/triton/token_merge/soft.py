@@ -92,7 +92,7 @@ def soft_merge_backward(
     (batch, tokens, channels), metas, width = x.shape, meta.shape[1], metric.shape[2]
     # it was rounded to x's type before it got here; products want both factors in one type
     grad_out = grad_out.to(x.dtype)
-    inverse_mass, shift = torch.empty((2, batch, metas), dtype=torch.float32, device=x.device)
+    meta_mass, added = torch.empty((2, batch, metas), dtype=torch.float32, device=x.device)
     tile = tile_of(channels, TILE)
     blocks = -(-metas // tile.rows)
     launch(
@@ -103,8 +103,8 @@ def soft_merge_backward(
         out=out,
         grad_mass=grad_mass,
         mass_out=mass_out,
-        inverse_mass=inverse_mass,
-        shift=shift,
+        meta_mass=meta_mass,
+        added=added,
         grad_out_strides=row_strides(grad_out),
         out_strides=row_strides(out),
         grad_mass_strides=row_strides(grad_mass),
@@ -117,9 +117,9 @@ def soft_merge_backward(
         num_warps=4,
     )
     origin, weight, share = torch.empty((3, batch, tokens), dtype=torch.float32, device=x.device)
-    results = {"grad_out": grad_out, "grad_out_strides": row_strides(grad_out), "inverse_mass": inverse_mass, "C": channels}
+    results = {"grad_out": grad_out, "grad_out_strides": row_strides(grad_out), "meta_mass": meta_mass, "C": channels}
     terms: dict[str, Any] = {"origin": origin, "weight": weight, "share": share}
-    given = {**results, "x": x, "x_strides": row_strides(x), "shift": shift}
+    given = {**results, "x": x, "x_strides": row_strides(x), "added": added}
     masses: dict[str, Any] = {"mass": mass, "mass_strides": row_strides(mass), "lse": lse, "lse_strides": row_strides(lse)}
     call.launch(kernels.token_terms, **given, **terms, **masses)
     if grads.mass is not None:

@@ -107,6 +107,16 @@ def _masses(mass, b, rows, exists, strides):
 
 
 @triton.jit
+def _divisors(mass):
+    """Which meta tokens have a mass, and what weights are divided by; nothing depends on the row of one without.
+
+    A weight may be as small as the mass, whose reciprocal overflows: the two are divided, before anything else.
+    """
+    opened = mass != 0.0
+    return opened, tl.where(opened, mass, 1.0)
+
+
+@triton.jit
 def _similarity(products, of_tokens, of_metas):
     """Rounded alike in all kernels: at low temperatures the last bit of a score decides over a weight."""
     return products * of_tokens[:, None] * of_metas[None, :]
@@ -255,6 +265,9 @@ def collect(
     mass = tl.zeros([BLOCK_M], tl.float32)
     rounded = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    # float16 loses the weights of a meta token that resembles no token: there they count in the highest one so far
+    RELATIVE: tl.constexpr = x.dtype.element_ty == tl.float16
+    highest = tl.zeros([BLOCK_M], tl.float32)
     for n_first in range(0, N, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
         here = n < N
@@ -266,8 +279,15 @@ def collect(
         w = tl.exp2(scores - _vector(origin, n, here)[:, None]) * _vector(weight, n, here)[:, None]
         w = tl.where(exists[None, :], w, 0.0)
         rows = _tile(x, n_first, here, x_strides[1], channel, C, BLOCK_N)
-        narrow = w.to(rows.dtype)
         mass += tl.sum(w, 0)
+        if RELATIVE:
+            above = tl.maximum(highest, tl.max(w, 0))
+            unit = tl.where(above == 0.0, 1.0, above)
+            w = w / unit[None, :]
+            rounded *= highest / unit
+            total *= (highest / unit)[:, None]
+            highest = above
+        narrow = w.to(rows.dtype)
         rounded += tl.sum(narrow.to(tl.float32), 0)
         total = tl.dot(tl.trans(narrow), rows, total, input_precision=PRECISION)
     # by the sum of the rounded weights: else means are off by its rounding, and gradients are differences of means
@@ -284,8 +304,8 @@ def meta_terms(
     out,  # [B, M, C] float32
     grad_mass,  # [B, M] float32
     mass_out,  # [B, M] float32
-    inverse_mass,  # [B, M] float32; 0 without mass, where nothing depends on the tokens
-    shift,  # [B, M] float32: what the gradient of every weight has beside its token's product with grad_out
+    meta_mass,  # [B, M] float32: mass_out, dense
+    added,  # [B, M] float32: what the gradient of every weight, times the mass, has beside its token's product with grad_out
     grad_out_strides,
     out_strides,
     grad_mass_strides,
@@ -306,10 +326,10 @@ def meta_terms(
         grad = _tile(grad_out + b * grad_out_strides[0], m_first, exists, grad_out_strides[1], channel, C, BLOCK_M).to(tl.float32)
         products += grad * _tile(out + b * out_strides[0], m_first, exists, out_strides[1], channel, C, BLOCK_M)
     mass = tl.load(mass_out + b * mass_out_strides[0] + m.to(tl.int64) * mass_out_strides[1], mask=exists, other=0.0)
-    inverse = tl.where(mass == 0.0, 0.0, 1.0 / tl.where(mass == 0.0, 1.0, mass))
     of_mass = tl.load(grad_mass + b * grad_mass_strides[0] + m.to(tl.int64) * grad_mass_strides[1], mask=exists, other=0.0)
-    tl.store(inverse_mass + b * M + m, inverse, mask=exists)
-    tl.store(shift + b * M + m, of_mass - inverse * tl.sum(products, 1), mask=exists)
+    opened, divisor = _divisors(mass)
+    tl.store(meta_mass + b * M + m, mass, mask=exists)
+    tl.store(added + b * M + m, of_mass * divisor - tl.where(opened, tl.sum(products, 1), 0.0), mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
@@ -324,8 +344,8 @@ def token_terms(
     mass,  # [1|B, N] float32 or None
     lse,  # [B, N] float32
     grad_out,  # [B, M, C] in x's dtype
-    inverse_mass,  # [B, M] float32
-    shift,  # [B, M] float32
+    meta_mass,  # [B, M] float32
+    added,  # [B, M] float32
     origin,  # [B, N] float32: lse in base 2
     weight,  # [B, N] float32: mass over the sum of the exponentials
     share,  # [B, N] float32: the mean of the weights' gradients; the gradient of the token's mass
@@ -356,8 +376,8 @@ def token_terms(
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
     grad_out += b * grad_out_strides[0]
-    inverse_mass += b * M
-    shift += b * M
+    meta_mass += b * M
+    added += b * M
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
@@ -375,9 +395,10 @@ def token_terms(
         scores = _similarity(products, inverse, _factors(meta_inverse, m, here)) * cool
         p = tl.where(here[None, :], tl.exp2(scores - base[:, None]), 0.0)
         grad = _products(x, n_first, exists, x_strides[1], grad_out, m_first, here, grad_out_strides[1], C, False, PRECISION, BLOCK_C)
-        grad = grad * _vector(inverse_mass, m, here)[None, :] + _vector(shift, m, here)[None, :]
+        opened, divisor = _divisors(_vector(meta_mass, m, here))
+        grad = tl.where(opened[None, :], grad, 0.0) + _vector(added, m, here)[None, :]
         total += tl.sum(p, 1)
-        along += tl.sum(p * grad, 1)
+        along += tl.sum(p / divisor[None, :] * grad, 1)
     # a token's weights sum to one only up to rounding: what is taken off must match them, or it does not cancel
     by = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     at = b * N + n
@@ -395,7 +416,7 @@ def backward_x(
     temperature,  # a number, read without learned_temperature only
     learned_temperature,  # [] float32 or None
     grad_out,  # [B, M, C] in x's dtype
-    inverse_mass,  # [B, M] float32
+    meta_mass,  # [B, M] float32
     origin,  # [B, N] float32
     weight,  # [B, N] float32
     grad_x,  # [B, N, C]
@@ -425,7 +446,7 @@ def backward_x(
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
     grad_out += b * grad_out_strides[0]
-    inverse_mass += b * M
+    meta_mass += b * M
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
@@ -442,8 +463,8 @@ def backward_x(
         )
         scores = _similarity(products, inverse, _factors(meta_inverse, m, here)) * cool
         # a share of the meta token's mass: at most 1, whatever the masses are
-        w = tl.exp2(scores - base[:, None]) * own[:, None] * _vector(inverse_mass, m, here)[None, :]
-        w = tl.where(here[None, :], w, 0.0)
+        opened, divisor = _divisors(_vector(meta_mass, m, here))
+        w = tl.where(opened[None, :], tl.exp2(scores - base[:, None]) * own[:, None] / divisor[None, :], 0.0)
         rows = _tile(grad_out, m_first, here, grad_out_strides[1], channel, C, BLOCK_M)
         total = tl.dot(w.to(rows.dtype), rows, total, input_precision=PRECISION)
     _store_tile(grad_x + b * N * C, n_first, exists, C, channel, total, C, BLOCK_N)
@@ -459,8 +480,8 @@ def backward_metric(
     temperature,  # a number, read without learned_temperature only
     learned_temperature,  # [] float32 or None
     grad_out,  # [B, M, C] in x's dtype
-    inverse_mass,  # [B, M] float32
-    shift,  # [B, M] float32
+    meta_mass,  # [B, M] float32
+    added,  # [B, M] float32
     origin,  # [B, N] float32
     weight,  # [B, N] float32
     share,  # [B, N] float32
@@ -496,8 +517,8 @@ def backward_metric(
     metric += b * metric_strides[0]
     meta += b * meta_strides[0]
     grad_out += b * grad_out_strides[0]
-    inverse_mass += b * M
-    shift += b * M
+    meta_mass += b * M
+    added += b * M
     if meta_inverse is not None:
         metric_inverse += b * N
         meta_inverse += b * M
@@ -520,8 +541,9 @@ def backward_metric(
         below = similar * (cool * LOG2E) - base[:, None]
         w = tl.exp2(below) * own[:, None]
         grad = _products(x, n_first, exists, x_strides[1], grad_out, m_first, here, grad_out_strides[1], C, False, PRECISION, BLOCK_C)
-        grad = grad * _vector(inverse_mass, m, here)[None, :] + _vector(shift, m, here)[None, :]
-        grad = tl.where(here[None, :], w * (grad - taken[:, None]), 0.0)
+        opened, divisor = _divisors(_vector(meta_mass, m, here))
+        grad = tl.where(opened[None, :], grad, 0.0) + (_vector(added, m, here)[None, :] - divisor[None, :] * taken[:, None])
+        grad = tl.where(here[None, :], w / divisor[None, :] * grad, 0.0)
         along += tl.sum(grad * similar, 1)
         if grad_temperature is not None:
             # a token's gradients sum to zero, so its scores may count from anywhere: from here they are small where weights are large
@@ -550,8 +572,8 @@ def backward_meta(
     temperature,  # a number, read without learned_temperature only
     learned_temperature,  # [] float32 or None
     grad_out,  # [B, M, C] in x's dtype
-    inverse_mass,  # [B, M] float32
-    shift,  # [B, M] float32
+    meta_mass,  # [B, M] float32
+    added,  # [B, M] float32
     origin,  # [B, N] float32
     weight,  # [B, N] float32
     share,  # [B, N] float32
@@ -594,8 +616,8 @@ def backward_meta(
         meta_inverse += b * M
     inverse = _factors(meta_inverse, m, exists)
     cool = _coolness(temperature, learned_temperature)
-    by = _vector(inverse_mass + b * M, m, exists)
-    added = _vector(shift + b * M, m, exists)
+    opened, divisor = _divisors(_vector(meta_mass + b * M, m, exists))
+    more = _vector(added + b * M, m, exists)
     along = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for n_first in range(0, N, BLOCK_N):
@@ -608,7 +630,8 @@ def backward_meta(
         similar = products * of_metric[None, :] * inverse[:, None]
         w = tl.exp2(similar * (cool * LOG2E) - _vector(origin, n, here)[None, :]) * _vector(weight, n, here)[None, :]
         grad = _products(grad_out, m_first, exists, grad_out_strides[1], x, n_first, here, x_strides[1], C, False, PRECISION, BLOCK_C)
-        grad = w * (grad * by[:, None] + (added[:, None] - _vector(share, n, here)[None, :]))
+        grad = tl.where(opened[:, None], grad, 0.0) + (more[:, None] - divisor[:, None] * _vector(share, n, here)[None, :])
+        grad = w / divisor[:, None] * grad
         along += tl.sum(grad * similar, 1)
         rows = _tile(metric, n_first, here, metric_strides[1], column, F, BLOCK_N)
         total = tl.dot((grad * of_metric[None, :]).to(rows.dtype), rows, total, input_precision=PRECISION)
