@@ -212,6 +212,10 @@ def test_one_sequence_does_not_see_anothers_nan(backend: str, device: str) -> No
     assert got.out[q_end].isnan().all()
     assert got.out[int(call["cu_seqlens_q"][4]) :].isfinite().all()
     assert got.grads["query"][:q_end].isfinite().all()
+    # also where a block of queries ends within the other sequence
+    for name in ("key", "value"):
+        assert got.grads[name][:k_end].isfinite().all(), name
+        assert got.grads[name][int(call["cu_seqlens_k"][4]) :].isfinite().all(), name
 
 
 @pytest.mark.parametrize("form", ["long", "empty slots", "equal short sequences"])

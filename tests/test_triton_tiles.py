@@ -15,7 +15,7 @@ from cases import Case, build, with_mask
 from oracle import problem_of
 
 from tokenops.triton import sparse_attention as launchers
-from tokenops.triton.launch import dot_precision
+from tokenops.triton.launch import dot_precision, grid_strides
 from tokenops.triton.sparse_attention.tiles import LARGEST, TABLE, choose_tiles, pad, row_tiles, shared_bytes
 
 # the package re-exports the function of the module's name
@@ -59,6 +59,13 @@ def test_short_sequences_get_short_blocks() -> None:
 def test_row_blocks_divide_the_padding() -> None:
     for width in range(8, 257, 8):
         assert all(LARGEST % row_tiles(width, itemsize).block_q == 0 for itemsize in (2, 4))
+
+
+def test_a_row_stride_beyond_32_bits_goes_in_whole() -> None:
+    """Kernels multiply it by the unit, in 32 bits if what they get fits there."""
+    for stride, unit in ((2**31 - 8, 8), (2**31, 1), (2**35, 1)):
+        grid = torch.empty_strided((1, 1, 2, 16), (0, 0, stride, 1), dtype=torch.bfloat16, device="meta")
+        assert grid_strides(grid) == (unit, [(0, 0, stride // unit)])
 
 
 def _call(**more: object) -> dict[str, object]:

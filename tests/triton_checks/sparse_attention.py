@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+import test_sparse_attention_varlen as varlen
 import torch
 from cases import CASES, Call, Case, both, build, with_bias, with_mask, with_scattered_lists
 from oracle import assert_close, assert_right, computed, expected, objections, problem_of
@@ -266,6 +267,29 @@ def bad_sequence_bounds_stay_inside() -> None:
         with small_tiles():
             out, lse, _ = _forward(problem._replace(cu_seqlens_q=bounds, cu_seqlens_k=bounds))
             _backward(problem._replace(cu_seqlens_q=bounds, cu_seqlens_k=bounds), out.nan_to_num(), lse.nan_to_num())
+
+
+@CHECKS.add
+def a_sequence_bound_below_zero_writes_nothing_before_the_list() -> None:
+    problem = problem_of(packed((16, 24), (24, 16)))
+    (heads, rows), width = problem.query.shape[1:3], problem.value.shape[3]
+    for bad in ([0, -40, 40], [0, -(2**31), 40], [30, -17, 40]):
+        bounds = torch.tensor(bad, dtype=torch.int32)
+        # with room for two blocks before them
+        outs, stats = torch.full((heads * rows + 32, width), 7.0), torch.full((heads * rows + 32,), 7.0)
+        out, lse = outs[32:].view(1, heads, rows, width), stats[32:].view(1, heads, rows)
+        with small_tiles():
+            given = problem._replace(cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+            triton_attention.forward(given, out, lse, None, by_row=False)
+        assert (outs[:32] == 7.0).all(), bad
+        assert (stats[:32] == 7.0).all(), bad
+
+
+@CHECKS.add
+def one_sequence_does_not_see_anothers_nan() -> None:
+    varlen.test_one_sequence_does_not_see_anothers_nan("triton", "cpu")
+    with small_tiles():
+        varlen.test_one_sequence_does_not_see_anothers_nan("triton", "cpu")
 
 
 @CHECKS.add

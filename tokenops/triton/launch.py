@@ -91,10 +91,11 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
 def grid_strides(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
     """Batch, head and row strides of grids [B, H, N, C], and the unit they are counted in.
 
-    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it.
+    The unit is 8 elements, which fill at least 16 bytes (the widest load there is), or 1 where some stride does not allow it. Kernels
+    multiply row strides by it: one beyond 32 bits has to go in whole, or the product of what is left of it would wrap around.
     """
     strides = [(0, 0, 0) if tensor is None else strides_of(tensor)[:3] for tensor in tensors]
-    if any(stride % 8 for three in strides for stride in three):
+    if any(stride % 8 or stride >= 2**31 for three in strides for stride in three):
         return 1, strides
     return 8, [(batch // 8, head // 8, row // 8) for batch, head, row in strides]
 

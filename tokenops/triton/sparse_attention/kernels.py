@@ -47,7 +47,8 @@ def _packed_block(block, cu_seqlens, sequences, slots, BLOCK: tl.constexpr):
     high = sequences
     while low < high:
         middle = (low + high + 1) // 2
-        if tl.load(cu_seqlens + middle) // BLOCK + middle <= block:
+        # a bound below 0 begins at 0, see _bounds: searched as it is, its blocks would lie before the list
+        if tl.maximum(tl.load(cu_seqlens + middle), 0) // BLOCK + middle <= block:
             low = middle
         else:
             high = middle - 1
@@ -804,10 +805,12 @@ def backward_key_value(
         do = _load_rows(grad_out + h * grad_out_strides[1] * UNIT, q_slots, filled, grad_out_strides[2] * UNIT, DV, BLOCK_DV)
         # an empty slot has probability exp2(-inf) = 0 for every key; a key that is none spoils only its own row, which is not stored
         row_lse2 = tl.load(lse2 + h * pitch + q_slots)
-        row_delta = tl.load(delta + h * pitch + q_slots)
         if PACKED:
-            # behind the end lies the next sequence
+            # behind the end lies the next sequence, and its NaN times a weight of 0 would be NaN; a select here spills on sm_100
             row_lse2 = tl.where(q_slots < q_end, row_lse2, float("inf"))
+            row_delta = tl.load(delta + h * pitch + q_slots, mask=q_slots < q_end, other=0.0)
+        else:
+            row_delta = tl.load(delta + h * pitch + q_slots)
         # the tiles are [BLOCK_K, BLOCK_Q]: both gradients then take p and ds as a left operand, with no transposition
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if bias is not None:
