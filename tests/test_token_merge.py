@@ -551,6 +551,22 @@ def test_a_meta_token_without_mass_is_zero(backend: str, device: str) -> None:
     torch.testing.assert_close(grads[-1], torch.ones_like(mass))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_next_to_nothing_is_averaged_too(dtype: torch.dtype, backend: str, device: str) -> None:
+    """The last meta token resembles no token, the later ones a little: float16 does not hold its weights."""
+    metric, meta = torch.zeros(1, 300, 8), torch.zeros(1, 3, 8)
+    metric[..., 0], metric[..., 1] = 1.0, torch.arange(300) * 0.002
+    metric[..., 7] = torch.arange(300) * 0.0005
+    meta[0, 0, 0], meta[0, 1, 0], meta[0, 2, 7] = 1.0, 0.8, 1.0
+    grids = normal(1, 300, 24, dtype=dtype).to(device), metric.to(device, dtype), meta.to(device, dtype)
+    merged, mass = tokenops.soft_merge(*grids, temperature=0.04, backend=serves(backend, device, *grids, names="x metric meta"))
+    expect_merged, expect_mass = tokenops.soft_merge(*(x.double() for x in grids), temperature=0.04, backend="reference")
+    assert 0.0 < mass[0, 2].item() < 2.0**-20
+    for row in range(3):
+        assert_close(f"row {row}", merged[:, row], expect_merged[:, row], dtype)
+        assert_close(f"mass {row}", mass[:, row], expect_mass[:, row], dtype)
+
+
 def test_a_mass_may_be_denormal(backend: str, device: str) -> None:
     # a meta token that resembles no token gets next to nothing, and is still a mean of rows
     metric = torch.zeros(1, 40, 8)

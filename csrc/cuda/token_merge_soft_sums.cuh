@@ -15,7 +15,7 @@ struct Sums {
   float sum[8][4] = {};
   __device__ static int row(int i) { return Scores<T>::row(i); }
   __device__ static int column(int j) { return Scores<T>::column(j); }
-  __device__ float at(int i, int j) const { return sum[j / 2][i * 2 + j % 2]; }
+  __device__ float& at(int i, int j) { return sum[j / 2][i * 2 + j % 2]; }
 
   template <int kRows, int kDepth>
   __device__ void add(const Chunk<T, kRows>* left, int first, const Chunk<T, kDepth>& right) {
@@ -43,7 +43,7 @@ struct Sums<float> {
   float sum[kOwnRows][kOwnColumns] = {};
   __device__ static int row(int i) { return Scores<float>::row(i); }
   __device__ static int column(int j) { return lane_id() % 8 * 4 + j; }
-  __device__ float at(int i, int j) const { return sum[i][j]; }
+  __device__ float& at(int i, int j) { return sum[i][j]; }
 
   template <int kRows, int kDepth>
   __device__ void add(const Chunk<float, kRows>* left, int first, const Chunk<float, kDepth>& right) {
@@ -96,12 +96,35 @@ struct GatherShared {
   float partial[kSoftWarps];
 };
 
+// A number for each column of a tile of scores, folded over the lanes that share the column: a warp's.
+template <class Own, class Fold>
+__device__ __forceinline__ void share_column(float number, Fold fold, float& to) {
+#pragma unroll
+  for (int step = Own::kSharers; step < kWarp; step *= 2) number = fold(number, __shfl_xor_sync(kAllLanes, number, step));
+  if (lane_id() < Own::kSharers) to = number;
+}
+
+// The highest weight of a meta token so far.
+struct Highest {
+  float number = 0.0f;
+
+  // Takes in what the warps found in a tile; what was counted in the old one is to be multiplied by the result.
+  __device__ float rise(const float (&found)[kSoftWarps][kMetas], int m) {
+    const float before = number;
+    for (int warp = 0; warp < kSoftWarps; ++warp) number = fmaxf(number, found[warp][m]);
+    return before / unit();
+  }
+  __device__ float unit() const { return number == 0.0f ? 1.0f : number; }
+};
+
 // Sums of rows times weights, or times gradients of similarities:
 // by meta token, over tokens: merged rows (of x), gradients of meta (of metric); by token, over meta tokens: gradients of x (of grad_out),
 // of metric (of meta).
 template <class T, bool kByMeta, bool kGradient>
 __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p) {
   using Own = Scores<T>;
+  // float16 loses the weights of a meta token that resembles no token: there they count in its highest one so far
+  constexpr bool kRelative = std::is_same_v<T, f16> && kByMeta && !kGradient;
   auto& shared = shared_memory<GatherShared<T, kByMeta>>();
   const TileTerms& terms = shared.terms;
   constexpr int kChunks = kResultChunks<kByMeta>;
@@ -117,6 +140,7 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
   Sums<T> sums;
   // of gradients times similarities, by row of the result; where there are no gradients of weights, and of weights as products round them
   float along[kByMeta ? Own::kOwnColumns : Own::kOwnRows] = {}, rounded[Own::kOwnColumns] = {}, warmth = 0.0f;
+  Highest highest[kRelative ? Own::kOwnColumns : 1] = {}, highest_row[kRelative ? Sums<T>::kOwnRows : 1] = {};
   const int my_chunk = warp_id() * kWarpRows / kResultRows<kByMeta>, my_rows = warp_id() * kWarpRows % kResultRows<kByMeta>;
 
   for (int tile = first; tile < last; ++tile) {
@@ -136,8 +160,6 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
       __syncthreads();
       multiply(grads, shared.tiles, x, n_first, grad_out, meta_block, false);
     }
-    // all warps have read the tiles
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < Own::kOwnRows; ++i) {
       const int n = warp_id() * kWarpRows + Own::row(i);
@@ -155,10 +177,42 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
           if constexpr (!kByMeta) warmth += w * below;
           w *= kByMeta ? terms.factor[n] : terms.meta_factor[m];
         } else if constexpr (kByMeta) {
-          along[j] += w, rounded[j] += to_float(from_float<T>(w));
+          along[j] += w;
         } else {
           w = w / terms.divisor[m] * terms.open[m];
         }
+        scores.at(i, j) = w;
+      }
+    }
+    if constexpr (kRelative) {
+#pragma unroll
+      for (int j = 0; j < Own::kOwnColumns; ++j) {
+        float top = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Own::kOwnRows; ++i) top = fmaxf(top, scores.at(i, j));
+        share_column<Own>(top, [](float a, float b) { return fmaxf(a, b); }, shared.sums[0][warp_id()][Own::column(j)]);
+      }
+    }
+    // all warps have read the tiles
+    __syncthreads();
+    if constexpr (kRelative) {
+#pragma unroll
+      for (int j = 0; j < Own::kOwnColumns; ++j) rounded[j] *= highest[j].rise(shared.sums[0], Own::column(j));
+#pragma unroll
+      for (int i = 0; i < Sums<T>::kOwnRows; ++i) {
+        const float shrink = highest_row[i].rise(shared.sums[0], my_rows + Sums<T>::row(i));
+#pragma unroll
+        for (int j = 0; j < Sums<T>::kOwnColumns; ++j) sums.at(i, j) *= shrink;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Own::kOwnRows; ++i) {
+      const int n = warp_id() * kWarpRows + Own::row(i);
+#pragma unroll
+      for (int j = 0; j < Own::kOwnColumns; ++j) {
+        const int m = Own::column(j);
+        const float w = kRelative ? scores.at(i, j) / highest[j].unit() : scores.at(i, j);
+        if constexpr (kByMeta && !kGradient) rounded[j] += to_float(from_float<T>(w));
         put<T, kResultRows<kByMeta>>(shared.left, kByMeta ? m : n, kByMeta ? n : m, w);
       }
     }
@@ -175,19 +229,15 @@ __global__ void __launch_bounds__(kSoftThreads) gather(const SoftArguments<T> p)
 #pragma unroll
       for (int j = 0; j < Sums<T>::kOwnColumns; ++j) {
         const int c = c_first + Sums<T>::column(j);
-        if (m < p.metas && c < p.columns) p.part[(sample + m) * p.columns + c] = sums.at(i, j);
+        if (m < p.metas && c < p.columns) p.part[(sample + m) * p.columns + c] = sums.at(i, j) * (kRelative ? highest_row[i].unit() : 1.0f);
       }
     }
-    // by column of the tiles: over the lanes that share it, then over warps
-    const auto share_out = [&](float sum, float& to) {
-#pragma unroll
-      for (int step = Own::kSharers; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      if (lane_id() < Own::kSharers) to = sum;
-    };
+    const auto add = [](float a, float b) { return a + b; };
 #pragma unroll
     for (int j = 0; j < Own::kOwnColumns; ++j) {
-      share_out(along[j], shared.sums[0][warp_id()][Own::column(j)]);
-      if constexpr (!kGradient) share_out(rounded[j], shared.sums[1][warp_id()][Own::column(j)]);
+      share_column<Own>(along[j], add, shared.sums[0][warp_id()][Own::column(j)]);
+      if constexpr (!kGradient)
+        share_column<Own>(rounded[j] * (kRelative ? highest[j].unit() : 1.0f), add, shared.sums[1][warp_id()][Own::column(j)]);
     }
     __syncthreads();
     const int which = threadIdx.x / kMetas, column = threadIdx.x % kMetas, m = block * kMetas + column;
