@@ -111,8 +111,9 @@ def describe(
         for start in range(0, C, BLOCK_C):
             tile = _columns(x, ids, takes_part, x_strides[1], start, C, BLOCK_C, UNIT).to(tl.float32) * usual[:, None]
             squares += tl.sum(tile * tile, 1)
-        # a row of zeros is like nothing
-        value *= tl.where(squares == 0.0, 0.0, 1.0 / tl.sqrt(squares))
+        # a row of zeros is like nothing; an infinite scale stays one, for NaN would say that the row takes no part
+        nothing = tl.where(tl.abs(value) == float("inf"), 1.0, 0.0)
+        value *= tl.where(squares == 0.0, nothing, 1.0 / tl.sqrt(squares))
     tl.store(factor + b * blocks * BLOCK_N + slots, tl.where(takes_part, value, float("nan")))
     if place is not None:
         for axis in tl.static_range(3):
@@ -241,7 +242,6 @@ def search(
     b_rows,  # [B, NB] int32 or None
     a_count,  # [B] int32 or None
     b_count,
-    a_mask,  # [1|B, NA] bytes or None
     a_factor,  # what describe says of both
     b_factor,
     a_shrink,
@@ -255,7 +255,6 @@ def search(
     index,  # [splits, B, NA] int32, by slot: a row of b, to be called first_id + row * id_step
     a_strides,
     b_strides,
-    a_mask_strides,
     a_place_strides,
     b_place_strides,
     NA,
@@ -290,12 +289,10 @@ def search(
         b_rows += sample * NB
     a += sample * a_strides[0] * UNIT
     b += sample * b_strides[0] * UNIT
-    ids, takes_part = _rows_at(a_rows, slots, a_end, NA)
-    if a_mask is not None:
-        masked_in = tl.load(a_mask + sample * a_mask_strides[0] + ids.to(tl.int64) * a_mask_strides[1], mask=takes_part, other=0) != 0
-        takes_part = takes_part & masked_in
-    # NaN also for a row of zeros with an infinite scale, which has a winner all the same
+    ids, _ = _rows_at(a_rows, slots, a_end, NA)
     factor = tl.load(a_factor + sample * a_blocks * BLOCK_A + slots)
+    # NaN is not equal to itself
+    takes_part = factor == factor
     b_factor += sample * b_blocks * BLOCK_B
     first = 0
     last = tl.cdiv(b_end, BLOCK_B)

@@ -75,7 +75,6 @@ def launch_search(
         b_rows=b.rows,
         a_count=a.listed,
         b_count=b.listed,
-        a_mask=_as_bytes(a.mask),
         a_factor=of_a.factor,
         b_factor=of_b.factor,
         a_shrink=of_a.shrink,
@@ -89,7 +88,6 @@ def launch_search(
         index=share_index,
         a_strides=_strides(a.x, unit),
         b_strides=_strides(b.x, unit),
-        a_mask_strides=_strides(a.mask),
         a_place_strides=_strides(a.place),
         b_place_strides=_strides(b.place),
         NA=rows,
@@ -166,7 +164,7 @@ def _describe(side: Side, block: int, unit: int, normalize: bool) -> _Descriptio
         x=x,
         rows=side.rows,
         count=side.listed,
-        mask=_as_bytes(side.mask),
+        mask=None if side.mask is None else side.mask.view(torch.uint8),
         scale=side.scale,
         place=side.place,
         factor=factor,
@@ -210,10 +208,6 @@ def _splits(a: Tensor, columns: int, tiles: Tiles) -> int:
     """As many programs as the device runs at once, but two blocks of b for each at least."""
     programs = a.shape[0] * -(-a.shape[1] // tiles.block_a)
     return max(1, min(2 * _processors(a) // max(programs, 1), columns // (2 * tiles.block_b)))
-
-
-def _as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
 
 
 def _processors(on: Tensor) -> int:
